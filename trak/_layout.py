@@ -276,9 +276,7 @@ def open_array(
     """
     try:
         with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            if version != (1, 0):
-                raise ValueError(f"npy version {version}")
+            np.lib.format.read_magic(file)
             found = np.lib.format.read_array_header_1_0(file)
             length = file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize
     except ValueError as error:
@@ -298,7 +296,7 @@ def open_array(
             f"written over; {_REMEDY}"
         )
     with writing(path):
-        array: np.memmap = np.lib.format.open_memmap(path, mode=mode)  # type: ignore[assignment]
+        array: np.memmap = np.lib.format.open_memmap(path, mode=mode)
     return array
 
 
