@@ -46,6 +46,7 @@ class FunctionalGradientComputer(SelectiveGradientComputer):
         Raises:
             TaskError: If the task's output for one example is not a scalar.
             GradientError: If ``torch.func`` cannot vectorise this model.
+            TrakError: Whatever the task itself raises.
         """
         selected = {name: self.func_weights[name] for name in self.selection.names}
         leaves = row_leaves(batch)
