@@ -34,8 +34,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> st
             f"from a file with torch.load(path, weights_only=True)."
         )
     _check_fit(model, checkpoint)
-    tensors = [(k, v) for k, v in checkpoint.items() if isinstance(v, Tensor)]
-    bad = first_non_finite(tensors)
+    bad = first_non_finite((k, v) for k, v in checkpoint.items() if _is_tensor(v))
     if bad is not None:
         raise NonFiniteError(
             f"the checkpoint's {bad!r} has a NaN or an infinity, so every gradient would; "

@@ -49,6 +49,9 @@ class Pipeline:
     what: str
     """``"training example"`` or ``"target"``, for messages."""
 
+    weighted: bool
+    """Whether to ask the task for out-to-loss weights, which checks the labels too."""
+
     def rows(self, batch: Batch, size: int) -> Float32[Tensor, "b p"]:
         r"""Compute :math:`P^\top \nabla f(z_i) / \sqrt{d}` for every example of a batch.
 
@@ -148,6 +151,57 @@ class Pipeline:
         )
 
 
+def store_batch(
+    pipeline: Pipeline,
+    store: Store,
+    exp_name: str | None,
+    batch: Batch,
+    inds: Int64[np.ndarray, " b"],
+    digests: Int64[np.ndarray, " b"],
+    *,
+    skip: bool,
+) -> None:
+    """Compute the rows of a batch and store those that are not stored yet.
+
+    The whole batch is computed if any row of it is missing, so that work resumed with
+    the same batches gives the same bits.
+
+    Args:
+        pipeline: What computes.
+        store: The saver's current arrays.
+        exp_name: The experiment whose targets these are; None for training examples.
+        batch: The examples.
+        inds: Their row numbers.
+        digests: Their hashes.
+        skip: Whether training examples that are not finite are left out.
+
+    Raises:
+        NonFiniteError: If a row is not finite, and may not be left out.
+    """
+    prefix = "" if exp_name is None else f"{exp_name}_"
+    flag = "is_featurized" if exp_name is None else f"{prefix}is_scored"
+    pending = pending_rows(store, flag, inds)
+    changed = changed_rows(store, prefix, inds, digests, ~pending)
+    if not (pending.any() or changed.any()):
+        return
+    weights = pipeline.out_to_loss(batch, len(inds)) if pipeline.weighted else None
+    rows = pipeline.rows(batch, len(inds))
+    check_same_rows(store, prefix, flag, inds, rows, changed, pipeline.what)
+    finite = finite_rows(rows, weights)
+    bad = np.flatnonzero(pending & ~finite)
+    if len(bad) and not skip:
+        position = int(bad[0])
+        weight = None if weights is None else weights[position]
+        raise pipeline.non_finite(batch, position, int(inds[position]), weight)
+    extras = {f"{prefix}row_digest": digests[pending][:, None]}
+    if weights is not None and exp_name is None:
+        extras["out_to_loss"] = weights.cpu().numpy()[pending]
+    chosen = torch.from_numpy(pending)
+    write_rows(
+        store, prefix, flag, inds[pending], rows.cpu()[chosen], extras, finite[pending]
+    )
+
+
 def finite_rows(
     rows: Float[Tensor, "b p"], weights: Float[Tensor, "b 1"] | None
 ) -> Bool[np.ndarray, " b"]:
@@ -224,7 +278,9 @@ def pending_rows(
     """Tell which rows are not in the store yet."""
     if flag not in store:
         return np.ones(len(inds), dtype=bool)
-    return np.asarray(store[flag][inds]).reshape(-1) == PENDING
+    states: np.ndarray = np.asarray(store[flag][inds]).reshape(-1)
+    pending: np.ndarray = states == PENDING
+    return pending
 
 
 def changed_rows(
@@ -238,7 +294,31 @@ def changed_rows(
     key = f"{prefix}row_digest"
     if key not in store:
         return np.zeros(len(inds), dtype=bool)
-    return done & (np.asarray(store[key][inds]).reshape(-1) != digests)
+    stored: np.ndarray = np.asarray(store[key][inds]).reshape(-1)
+    changed: np.ndarray = done & (stored != digests)
+    return changed
+
+
+def first_difference(
+    other: Store | None,
+    inds: Int64[np.ndarray, " b"],
+    digests: Int64[np.ndarray, " b"],
+) -> int | None:
+    """Find a training example whose bytes were others for another checkpoint.
+
+    Args:
+        other: The other checkpoint's arrays.
+        inds: Row numbers of the batch.
+        digests: The hashes of its examples.
+
+    Returns:
+        The first such example's index, or None.
+    """
+    if other is None:
+        return None
+    done = ~pending_rows(other, "is_featurized", inds)
+    positions = np.flatnonzero(changed_rows(other, "", inds, digests, done))
+    return int(inds[positions[0]]) if len(positions) else None
 
 
 def check_same_rows(

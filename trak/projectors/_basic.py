@@ -80,7 +80,7 @@ class NoOpProjector(AbstractProjector):
 
         Raises:
             BatchError: If the gradients do not fit each other or the dimension given.
-        """  # noqa: DOC502  raised by the check it calls
+        """
         return vectorized(named_columns(grads, self.proj_dim))
 
     def describe(self) -> str:

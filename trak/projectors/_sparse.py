@@ -115,7 +115,7 @@ def default_projector(
 
     Raises:
         OptionError: If a dimension is below 1.
-    """  # noqa: DOC502  raised by the constructor
+    """
     return SparseProjector(grad_dim, proj_dim, seed, device=device)
 
 
