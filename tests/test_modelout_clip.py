@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from tests.contracts.task_contract import TaskCase, TaskContract, sdp_flags, state
 from trak.errors import BatchError, OptionError, OrderError, TaskError
 from trak.modelout_functions import CLIPModelOutput
+
+ROOT = Path(__file__).parents[1]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -255,7 +258,11 @@ class TestDescription:
             "print(task.describe())"
         )
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
         )
         task = CLIPModelOutput(simulated_batch_size=2)
         task.set_embeddings(torch.eye(3), torch.eye(3))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import UserDict, namedtuple
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,8 @@ from trak.modelout_functions import (
 from trak.modelout_functions._fingerprint import fingerprint
 
 Embedded = namedtuple("Embedded", ["hidden", "logits"])
+
+ROOT = Path(__file__).parents[1]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -260,6 +263,7 @@ class TestDescription:
                 capture_output=True,
                 text=True,
                 check=True,
+                cwd=ROOT,
                 env={**os.environ, "PYTHONHASHSEED": seed},
             ).stdout
             for seed in ("1", "2")

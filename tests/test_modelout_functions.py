@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from collections import UserDict
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,8 @@ from trak.modelout_functions import (
     TextClassificationModelOutput,
     resolve_task,
 )
+
+ROOT = Path(__file__).parents[1]
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -447,10 +451,18 @@ class PerExample(AbstractModelOutput):
     scale = 2.0
 
     def get_output(self, model, weights, buffers, *example):
-        return model(example[0]).sum()
+        if weights is None:
+            return model(example[0]).sum()
+        return torch.func.functional_call(model, (weights, buffers), example).sum()
 
     def get_out_to_loss_grad(self, model, weights, buffers, batch):
         return torch.ones(len(batch[0]), 1)
+
+
+class TestPerExample(TaskContract):
+    @pytest.fixture
+    def case(self) -> TaskCase:
+        return TaskCase(PerExample(), network(6, 5, 1), [IMAGES])
 
 
 class Needy(PerExample):
@@ -508,7 +520,7 @@ class TestResolve:
     @pytest.mark.parametrize("given", [Foreign, Foreign(), ForeignBatched])
     def test_foreign_objects(self, given: object) -> None:
         task = resolve_task(given)
-        assert task.scale == 3
+        assert task.scale == copy.copy(task).scale == 3
         model = torch.nn.Identity()
         assert task.get_output(model, {}, {}, IMAGES[0]) == IMAGES[0].sum()
         assert task.get_out_to_loss_grad(model, {}, {}, (IMAGES,)).shape == (3, 1)
@@ -553,7 +565,11 @@ class TestAbstract:
             "print('|'.join(cls().describe() for cls in TASK_TO_MODELOUT.values()))"
         )
         done = subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=ROOT,
         )
         here = "|".join(cls().describe() for cls in TASK_TO_MODELOUT.values())
         assert done.stdout.strip() == here

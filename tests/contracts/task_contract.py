@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from trak._batches import batch_size, canonical
 from trak.modelout_functions import AbstractModelOutput
 from trak.modelout_functions._calls import map_tensors
 
@@ -38,6 +39,26 @@ def spread(example: Any) -> tuple[Any, ...]:
     return (dict(example),) if isinstance(example, Mapping) else tuple(example)
 
 
+def is_batched(task: AbstractModelOutput) -> bool:
+    return type(task).get_outputs is not AbstractModelOutput.get_outputs
+
+
+def compute(
+    case: TaskCase,
+    weights: dict[str, Tensor] | None,
+    buffers: dict[str, Tensor] | None,
+    batch: Any,
+) -> Tensor:
+    """Outputs of a batch, by whichever form the task has."""
+    if is_batched(case.task):
+        return case.task.get_outputs(case.model, weights, buffers, batch)
+    values = [
+        case.task.get_output(case.model, weights, buffers, *spread(take(batch, i)))
+        for i in range(batch_size(canonical(batch)))
+    ]
+    return torch.stack(values) if values else torch.zeros(0)
+
+
 class TaskContract:
     """Inherit, and override the fixture ``case``; name the subclass ``Test...``."""
 
@@ -46,9 +67,7 @@ class TaskContract:
         raise NotImplementedError
 
     def outputs(self, case: TaskCase, rows: slice) -> Tensor:
-        weights, buffers = state(case.model)
-        batch = take(case.batch, rows)
-        return case.task.get_outputs(case.model, weights, buffers, batch)
+        return compute(case, *state(case.model), take(case.batch, rows))
 
     def out_to_loss(self, case: TaskCase, rows: slice) -> Tensor:
         weights, buffers = state(case.model)
@@ -60,13 +79,14 @@ class TaskContract:
         assert self.outputs(case, slice(b)).shape == (b,)
         assert self.out_to_loss(case, slice(b)).shape == (b, 1)
 
-    def test_get_outputs_is_overridden(self, case: TaskCase) -> None:
-        assert type(case.task).get_outputs is not AbstractModelOutput.get_outputs
+    def test_shipped_tasks_have_the_batched_form(self, case: TaskCase) -> None:
+        shipped = type(case.task).__module__.startswith("trak.")
+        assert is_batched(case.task) or not shipped
 
     def test_batch_split_does_not_matter(self, case: TaskCase) -> None:
-        for compute in (self.outputs, self.out_to_loss):
-            singles = [compute(case, slice(i, i + 1)) for i in range(3)]
-            torch.testing.assert_close(torch.cat(singles), compute(case, slice(3)))
+        for method in (self.outputs, self.out_to_loss):
+            singles = [method(case, slice(i, i + 1)) for i in range(3)]
+            torch.testing.assert_close(torch.cat(singles), method(case, slice(3)))
 
     def test_one_example_agrees_with_the_batch(self, case: TaskCase) -> None:
         if case.takes_batches:
@@ -95,7 +115,7 @@ class TaskContract:
         for i in range(3):
             leaves = {k: v.clone().requires_grad_() for k, v in weights.items()}
             rows = take(case.batch, slice(3))
-            one = case.task.get_outputs(case.model, leaves, buffers, rows)[i]
+            one = compute(case, leaves, buffers, rows)[i]
             expected = torch.autograd.grad(
                 one, list(leaves.values()), allow_unused=True, materialize_grads=True
             )
@@ -106,7 +126,7 @@ class TaskContract:
         self, case: TaskCase
     ) -> None:
         task, model, batch = case.task, case.model, take(case.batch, slice(3))
-        values = task.get_outputs(model, None, None, batch)
+        values = compute(case, None, None, batch)
         torch.testing.assert_close(values, self.outputs(case, slice(3)))
         parameters = list(model.parameters())
         gradients = torch.autograd.grad(values.sum(), parameters, allow_unused=True)
@@ -120,7 +140,7 @@ class TaskContract:
         weights, buffers = state(case.model)
         other = {name: 1.3 * value.roll(1) for name, value in weights.items()}
         batch = take(case.batch, slice(3))
-        functional = case.task.get_outputs(case.model, other, buffers, batch)
+        functional = compute(case, other, buffers, batch)
         assert not torch.allclose(functional, self.outputs(case, slice(3)))
 
     def test_out_to_loss_keeps_no_graph(self, case: TaskCase) -> None:
