@@ -123,7 +123,7 @@ class CLIPModelOutput(AbstractModelOutput):
         Raises:
             OptionError: If ``size`` is not positive or ``embedding_dim`` is wrong.
             BatchError: If the loader gives nothing, or something else than pairs.
-        """  # noqa: DOC502  raised by the functions called
+        """
         _check_count("size", size)
         images, texts, count = [], [], 0
         device = next((parameter.device for parameter in model.parameters()), None)
