@@ -208,7 +208,8 @@ def _differentiate(
     """Differentiate every value by its own row of each tensor, None where unused."""
     if not leaves or not values.requires_grad:
         return [None] * len(leaves)
-    return list(torch.autograd.grad(values.sum(), leaves, allow_unused=True))
+    ones = torch.ones_like(values)  # not values.sum(): that needs gradients enabled
+    return list(torch.autograd.grad(values, leaves, ones, allow_unused=True))
 
 
 def _rows(gradient: Tensor | None, leaf: Tensor, b: int) -> Float[Tensor, "b o"]:
