@@ -174,8 +174,6 @@ class TRAKer:
         """What finalizing found about each checkpoint, by model id."""
         return read_reports(self.saver.model_ids)
 
-    # -- featurizing ------------------------------------------------------------------
-
     def load_checkpoint(
         self,
         checkpoint: Mapping[str, Tensor],
@@ -249,8 +247,6 @@ class TRAKer:
         self._session.end()
         ids = parse_model_ids(model_ids, self.saver.model_ids)
         self._scoring.finalize_all(ids, del_grads=del_grads)
-
-    # -- scoring ----------------------------------------------------------------------
 
     @overload
     def start_scoring_checkpoint(
