@@ -142,7 +142,7 @@ class AdditiveProjector(AbstractProjector):
         Raises:
             BatchError: If the gradients do not fit each other or ``grad_dim``.
             OptionError: If they are not on the projector's device.
-        """  # noqa: DOC502  raised by the checks it calls
+        """
         columns = named_columns(grads, self.grad_dim)
         check_device(self.device, columns)
         dtype = torch.promote_types(torch.float32, self.dtype)

@@ -26,8 +26,10 @@ from trak.projectors._base import (
 from trak.projectors._gradients import named_columns, vectorized
 
 _DENSE = (ProjectionType.normal, ProjectionType.rademacher)
-# Tiles this size stay in a core's share of the cache, with the words they are made of.
-_TILE_ENTRIES = 2**20
+# Tiles that stay in a core's share of the cache with what they are made from, which
+# for normals is eight times the tile. Measured on two CPU cores: a factor of 4 either
+# way costs 20 to 50 %.
+_TILE_ENTRIES = {"rademacher": 2**20, "normal": 2**18}
 
 
 class NoOpProjector(AbstractProjector):
@@ -80,7 +82,7 @@ class NoOpProjector(AbstractProjector):
 
         Raises:
             BatchError: If the gradients do not fit each other or the dimension given.
-        """  # noqa: DOC502  raised by the check it calls
+        """
         return vectorized(named_columns(grads, self.proj_dim))
 
     def describe(self) -> str:
@@ -233,18 +235,20 @@ def dense_into(
     for first in range(0, p, block_size):
         outputs = range(first, min(first + block_size, p))
         block = out[:, first : outputs.stop]
-        for lo, hi in _aligned_pieces(offset, stop, len(outputs)):
+        for lo, hi in _tiles(offset, stop, len(outputs), _TILE_ENTRIES[law]):
             tile = _entries(law, key, lo, hi, outputs, out.device).to(out.dtype)
             block.addmm_(x[:, lo - offset : hi - offset].to(out.dtype), tile)
 
 
-def _aligned_pieces(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+def _tiles(
+    start: int, stop: int, width: int, entries: int
+) -> Iterator[tuple[int, int]]:
     """Cut a range at multiples of whole draws, into tiles of bounded size.
 
     Yields:
         The first coordinate of a tile, and one past its last.
     """
-    draws = max(1, _TILE_ENTRIES // (width * SIGNS_PER_DRAW))
+    draws = max(1, entries // (width * SIGNS_PER_DRAW))
     length = draws * SIGNS_PER_DRAW
     while start < stop:
         end = min(stop, (start // length + 1) * length)

@@ -101,7 +101,7 @@ class CudaProjector(AbstractProjector):
             BatchError: If the gradients do not fit each other or ``grad_dim``.
             OptionError: If they are not on the projector's device.
             BackendError: If the kernel cannot be launched.
-        """  # noqa: DOC502  raised by the functions it calls
+        """
         columns = named_columns(grads, self.grad_dim)
         check_device(self.device, columns)
         return self._kernel(vectorized(columns), stream_key(self.seed, model_id).low)
@@ -173,7 +173,7 @@ class ChunkedCudaProjector(AbstractProjector):
         Raises:
             BatchError: If the gradients do not fit each other or the chunks.
             OptionError: If they are not on the projector's device.
-        """  # noqa: DOC502  raised by the checks it calls
+        """
         columns = named_columns(grads, self.grad_dim)
         check_device(self.device, columns)
         b = len(columns[0][1])
