@@ -115,7 +115,9 @@ def test_values_match_the_scalar_reference(
     stop = start + 7
     span = range(start, stop)
     signs = _signs.dense_signs(key, start, stop, range(3, 6))
-    assert signs.tolist() == [[sign_of(i, j, 0, key) for j in range(3, 6)] for i in span]
+    assert signs.tolist() == [
+        [sign_of(i, j, 0, key) for j in range(3, 6)] for i in span
+    ]
     normals = _signs.dense_normals(key, start, stop, range(3, 6))
     expected = [[normal_of(i, j, key) for j in range(3, 6)] for i in span]
     torch.testing.assert_close(normals, torch.tensor(expected), rtol=1e-6, atol=1e-6)
@@ -176,7 +178,11 @@ def test_moments() -> None:
     assert abs(float(signs.mean())) < 5 / n**0.5
     # Neighbours in either direction, and the same address in another domain.
     other = _signs.sparse_signs(key, 0, n // 64, 64).T.double()
-    for product in (signs[1:] * signs[:-1], signs[:, 1:] * signs[:, :-1], signs * other):
+    for product in (
+        signs[1:] * signs[:-1],
+        signs[:, 1:] * signs[:, :-1],
+        signs * other,
+    ):
         assert abs(float(product.mean())) < 5 / product.numel() ** 0.5
     normals = _signs.dense_normals(key, 0, n // 64, range(64)).double()
     for power, mean, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
