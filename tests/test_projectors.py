@@ -305,9 +305,6 @@ def test_many_outputs(p: int) -> None:
     )
 
 
-# -- memory and description ----------------------------------------------------------
-
-
 def test_plans_are_bounded_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sparse, "_CACHE_BYTES", 20000)
     monkeypatch.setattr(_sparse, "_PIECE", 128)
@@ -361,9 +358,6 @@ def test_public_names() -> None:
         "rademacher",
         "sparse",
     ]
-
-
-# -- NoOp ----------------------------------------------------------------------------
 
 
 def test_noop_returns_gradients_side_by_side() -> None:
