@@ -163,10 +163,17 @@ def test_fast_jl_keeps_scales_that_float16_cannot(install: Install) -> None:
     install()
     projector = cuda()
     x = gradients(4, 30)
-    scale = torch.tensor([[2.0**-130], [1.0], [2.0**117], [0.0]])
+    scale = torch.tensor([[2.0**-100], [1.0], [2.0**100], [0.0]])
     torch.testing.assert_close(
         projector.project(x * scale, model_id=0),
         projector.project(x, model_id=0) * scale,
+    )
+    ones = torch.ones(1, 30)
+    torch.testing.assert_close(
+        projector.project(ones * 2.0**-140, model_id=0),
+        projector.project(ones, model_id=0) * 2.0**-140,
+        rtol=1e-5,
+        atol=0,
     )
     x[0, 0] = torch.inf
     out = projector.project(x, model_id=0)
