@@ -1,5 +1,10 @@
-"""trak: which training examples made this model predict that?"""
+"""trak: which training examples made this model predict that?
+
+:class:`TRAKer` is the whole of the everyday interface.
+"""
 
 from trak._version import __version__
+from trak.traker import TRAKer
+from trak.utils import test_install
 
-__all__ = ["__version__"]
+__all__ = ["TRAKer", "__version__", "test_install"]
