@@ -129,6 +129,7 @@ def test_abstract_projector_only_stores() -> None:
     assert (own.grad_dim, own.proj_dim, own.seed) == (8, 2, 3)
     assert own.proj_type == "mine"
     assert own.device == torch.device("cpu")
+    assert not own.by_parameter
     own.free_memory()
     assert own.describe().endswith("OwnProjector proj_type=mine proj_dim=2 seed=3")
     assert own.project(torch.ones(1, 8), model_id=0).shape == (1, 2)
@@ -178,6 +179,7 @@ def test_dict_is_a_sum_over_named_parameters(law: str) -> None:
     alone = additive(law, 20, p).project({"a": x["a"]}, model_id=4)
     alone += additive(law, 1, p).project({"b.bias": x["b.bias"]}, model_id=4)
     torch.testing.assert_close(whole, alone, rtol=1e-10, atol=1e-10)
+    assert additive(law, 21, p).by_parameter
     swapped = {"b.bias": x["b.bias"], "a": x["a"]}
     torch.testing.assert_close(
         additive(law, 21, p).project(swapped, model_id=4), whole, rtol=1e-10, atol=1e-10
