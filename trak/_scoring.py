@@ -271,16 +271,17 @@ class Scoring:
     ) -> tuple[Side, Float64[np.ndarray, " n"]]:
         saver = self.saver
         saver.load_current_store(model_id)
-        store = saver.current_store
+        # A copy: savers may put the next checkpoint's arrays into the same dictionary.
+        store = dict(saver.current_store)
+        has_grads = store.get("grads") is not None
         if exp_name is None:
-            targets = read_rows(store, "", self.device) if "grads" in store else None
+            targets = read_rows(store, "", self.device) if has_grads else None
         else:
             saver.load_current_store(model_id, exp_name, m)
-            store = saver.current_store
-            targets = read_rows(store, f"{exp_name}_", self.device)
+            targets = read_rows(saver.current_store, f"{exp_name}_", self.device)
         weight = np.asarray(store["out_to_loss"], dtype=np.float64).reshape(-1)
         blocked = as_blocked(self.computer)
-        if blocked is None or "grads" not in store:
+        if blocked is None or not has_grads:
             train = read_array(store["features"], self.device)
             return Side(train, targets or train, None), weight
 

@@ -33,7 +33,9 @@ class AbstractScoreComputer(ABC):
 
     A subclass is given to :class:`trak.TRAKer` as a class and built with ``dtype``,
     ``device``, ``logging_level`` and ``lambda_reg`` by keyword. The façade then holds
-    features and scores of shape ``(n, p)`` and ``(n, m)`` in memory.
+    features and scores of shape ``(n, p)`` and ``(n, m)`` in memory. A façade whose
+    damping is ``"auto"`` passes 0.0, as 0.3.2 did, except to a
+    :class:`BasicScoreComputer`, which knows what that means.
 
     Args:
         dtype: Floating-point type of the computation.

@@ -88,7 +88,7 @@ class TRAKer:
         projector: Any = None,
         saver: Any = None,
         score_computer: Any = None,
-        proj_dim: int = 2048,
+        proj_dim: int | None = 2048,
         logging_level: int = logging.INFO,
         use_half_precision: bool = True,  # noqa: FBT001  0.3.2's signature
         proj_max_batch_size: int = 32,
@@ -131,7 +131,7 @@ class TRAKer:
         built = build_projector(projector, options)
         self.proj_dim = built.proj_dim or self.num_params_for_grad
         self.gradient_computer = build_gradient_computer(
-            gradient_computer, model, self.task, options, grad_wrt
+            gradient_computer, model, self.task, options
         )
         self.score_computer = build_score_computer(
             score_computer, options, logging_level

@@ -38,11 +38,11 @@ class MmapSaver(AbstractSaver):
         super().__init__(
             save_dir,
             metadata,
-            train_set_size,
-            proj_dim,
             load_from_save_dir,
             logging_level,
             use_half_precision,
+            train_set_size=train_set_size,
+            proj_dim=proj_dim,
         )
         self.make_features: FeatureMaker | None = None
         for directory in (
