@@ -21,6 +21,7 @@ from trak._readiness import require_featurized, require_finalized
 from trak.errors import (
     ExperimentError,
     ModelIDException,
+    NoCheckpointError,
     NonFiniteError,
     SingularKernelError,
     StoreMismatchError,
@@ -73,10 +74,11 @@ class Scoring:
             del_grads: Whether to keep only their features.
 
         Raises:
-            ModelIDException: If there are none, or one lacks rows.
+            NoCheckpointError: If there are none.
+            ModelIDException: If one lacks rows.
         """
         if not model_ids:
-            raise ModelIDException(
+            raise NoCheckpointError(
                 "There is no checkpoint to finalize; load_checkpoint and featurize first."
             )
         for model_id in model_ids:
@@ -180,9 +182,14 @@ class Scoring:
             The checkpoints to use.
 
         Raises:
-            ModelIDException: If one is not finalized, or none is left.
+            NoCheckpointError: If there are none, or none is left.
+            ModelIDException: If one is not finalized.
             ExperimentError: If one lacks targets.
         """
+        if not model_ids:
+            raise NoCheckpointError(
+                f"There is no checkpoint to score {exp_name!r} with; model_ids is empty."
+            )
         usable = []
         for model_id in model_ids:
             try:
@@ -194,7 +201,7 @@ class Scoring:
             else:
                 usable.append(model_id)
         if not usable:
-            raise ModelIDException(
+            raise NoCheckpointError(
                 f"No checkpoint has both finalized features and targets of {exp_name!r}; "
                 f"of {len(model_ids)} asked for, all were left out."
             )
@@ -346,11 +353,12 @@ class Scoring:
             The scores. Shape ``(n,)``.
 
         Raises:
-            ModelIDException: If there are none, or one is not finalized.
+            NoCheckpointError: If there are none.
+            ModelIDException: If one is not finalized.
             SingularKernelError: If the score computer is not the blocked one.
         """
         if not model_ids:
-            raise ModelIDException("There is no checkpoint; featurize one first.")
+            raise NoCheckpointError("There is no checkpoint; featurize one first.")
         blocked = as_blocked(self.computer)
         if blocked is None:
             raise SingularKernelError(

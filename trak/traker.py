@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -201,7 +201,7 @@ class TRAKer:
     def featurize(
         self,
         batch: Batch,
-        inds: Iterable[int] | Tensor | np.ndarray | None = None,
+        inds: Iterable[SupportsIndex] | Tensor | np.ndarray | None = None,
         num_samples: int | None = None,
     ) -> None:
         r"""Compute and store the features of a batch of training examples.
@@ -291,7 +291,7 @@ class TRAKer:
     def score(
         self,
         batch: Batch,
-        inds: Iterable[int] | Tensor | np.ndarray | None = None,
+        inds: Iterable[SupportsIndex] | Tensor | np.ndarray | None = None,
         num_samples: int | None = None,
     ) -> None:
         """Compute and store the projected gradients of a batch of targets.
