@@ -79,7 +79,7 @@ class TRAKer:
     def __init__(
         self,
         model: torch.nn.Module,
-        task: AbstractModelOutput | type[AbstractModelOutput] | str,
+        task: Any,
         train_set_size: int,
         save_dir: str | Path = "./trak_results",
         load_from_save_dir: bool = True,  # noqa: FBT001  0.3.2's signature
@@ -116,7 +116,7 @@ class TRAKer:
         self.logger.setLevel(logging_level)
         self.options = options
         self.model = model
-        self.task = resolve_task(task)
+        self.task: AbstractModelOutput = resolve_task(task)
         self.train_set_size = options.train_set_size
         self.save_dir = options.save_dir
         self.load_from_save_dir = load_from_save_dir

@@ -62,7 +62,6 @@ def batches(data: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, Tensor
 def make(save_dir: Path | str, **options: Any) -> TRAKer:
     """A TRAKer of the problem, in float32 and with a plain number as damping."""
     defaults: dict[str, Any] = {
-        "model": network(),
         "task": "image_classification",
         "train_set_size": N,
         "save_dir": save_dir,
@@ -72,6 +71,8 @@ def make(save_dir: Path | str, **options: Any) -> TRAKer:
         "use_half_precision": False,
         "lambda_reg": 0.5,
     }
+    if "model" not in options:
+        options["model"] = network()
     return TRAKer(**{**defaults, **options})
 
 

@@ -15,7 +15,12 @@ from trak._layout import ArraySpec
 from trak.errors import ExperimentError, ModelIDException
 from trak.savers._abstract import AbstractSaver
 from trak.savers._lazy import FeatureMaker, LazyStore
-from trak.savers._records import open_manifest, pin_weights, read_model_record
+from trak.savers._records import (
+    open_manifest,
+    pin_weights,
+    read_experiment_record,
+    read_model_record,
+)
 
 
 class MmapSaver(AbstractSaver):
@@ -57,7 +62,7 @@ class MmapSaver(AbstractSaver):
             for path in sorted(self.save_dir.glob("id_*.json")):
                 self.model_ids.update(read_model_record(path))
             for path in sorted(self._experiment_dir.glob("*.json")):
-                self.experiments[path.stem] = _layout.read_record(path)
+                self.experiments[path.stem] = read_experiment_record(path)
         self.logger.info(
             "%s: %d checkpoints, %d experiments",
             self.save_dir,
@@ -296,7 +301,7 @@ class MmapSaver(AbstractSaver):
             )
         path = self._experiment_dir / f"{exp_name}.json"
         if path.exists():
-            self.experiments[exp_name] = _layout.read_record(path)
+            self.experiments[exp_name] = read_experiment_record(path)
         known = self.experiments.get(exp_name)
         if known is None:
             known = {
@@ -324,7 +329,7 @@ class MmapSaver(AbstractSaver):
         _layout.write_record(self._experiment_dir / f"{exp_name}.json", record)
         # The file of 0.3.2: a summary of the records, so no update of it can get lost.
         summary = {
-            path.stem: _layout.read_record(path)
+            path.stem: read_experiment_record(path)
             for path in sorted(self._experiment_dir.glob("*.json"))
         }
         _layout.write_record(self.save_dir / _layout.EXPERIMENTS, summary)

@@ -71,6 +71,28 @@ def read_model_record(path: Path) -> dict[int, dict[str, Any]]:
     return records
 
 
+def read_experiment_record(path: Path) -> dict[str, Any]:
+    """Read the record of an experiment.
+
+    Args:
+        path: Its file.
+
+    Returns:
+        The record.
+
+    Raises:
+        StoreCorruptError: If it does not say how many targets there are.
+    """
+    record = _layout.read_record(path)
+    num_targets = record.get("num_targets")
+    if not isinstance(num_targets, int) or num_targets < 1:
+        raise StoreCorruptError(
+            f"{path} is not the record of an experiment: num_targets is {num_targets!r}. "
+            f"Move it away, or use another save_dir."
+        )
+    return record
+
+
 def pin_weights(path: Path, model_id: int, weights: str) -> None:
     """Let only the first of several processes decide whose weights an id is for.
 
