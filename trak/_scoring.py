@@ -269,7 +269,8 @@ class Scoring:
     ) -> Iterator[Block]:
         total = torch.zeros(self.n, m)
         for side in sides:
-            self.computer.get_scores(side.train(0, self.n), side.targets(0, m), total)
+            train, targets = side.train(0, self.n), side.targets(0, m)
+            self.computer.get_scores(train, targets, accumulator=total)
         total *= (weight / len(sides)).float()[:, None]
         yield Block((0, self.n), (0, m), total)
 

@@ -53,7 +53,8 @@ class AbstractScoreComputer(ABC):
     ) -> None:
         self.dtype = dtype
         self.device = torch.device(device)
-        self.logging_level = logging_level
+        self.logger = logging.getLogger("ScoreComputer")
+        self.logger.setLevel(logging_level)
         self.lambda_reg = lambda_reg
 
     @abstractmethod

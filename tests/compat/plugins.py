@@ -53,6 +53,23 @@ class StaticLogitTask(LogitTask):
         return 2.0 * logits[0].gather(0, label.unsqueeze(0)).sum()
 
 
+class WholeBatchTask(StaticLogitTask):
+    """The same, for gradient computers that give no weights and a whole batch."""
+
+    @staticmethod
+    def get_output(
+        model: Any, weights: Any, buffers: Any, images: Tensor, labels: Tensor
+    ) -> Tensor:
+        return 2.0 * model(images).gather(1, labels[:, None])[:, 0]
+
+    def get_out_to_loss_grad(
+        self, model: Any, weights: Any, buffers: Any, batch: Any
+    ) -> Tensor:
+        images, labels = batch
+        p = model(images).softmax(-1)[torch.arange(len(labels)), labels]
+        return ((1 - p) / self.scale).clone().detach().unsqueeze(-1)
+
+
 class LoopGradientComputer(AbstractGradientComputer):
     """A backward pass an example, on plain autograd."""
 
@@ -89,7 +106,7 @@ class LoopGradientComputer(AbstractGradientComputer):
             result.append(dict(zip(chosen, grads, strict=True)))
         return result
 
-    def compute_per_sample_grad(self, batch: Any) -> Any:
+    def compute_per_sample_grad(self, *, batch: Any) -> Any:
         rows = self._gradients(batch)
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -102,8 +119,8 @@ class LoopGradientComputer(AbstractGradientComputer):
 class FlatGradientComputer(LoopGradientComputer):
     """The same gradients as one ``(b, d)`` tensor, and weights without their axis."""
 
-    def compute_per_sample_grad(self, batch: Any) -> Any:
-        rows = super().compute_per_sample_grad(batch)
+    def compute_per_sample_grad(self, *, batch: Any) -> Any:
+        rows = super().compute_per_sample_grad(batch=batch)
         return torch.cat([value.flatten(start_dim=1) for value in rows.values()], dim=1)
 
     def compute_loss_grad(self, batch: Any) -> Tensor:
@@ -159,7 +176,7 @@ class RidgeScoreComputer(AbstractScoreComputer):
         return grads @ torch.linalg.inv(xtx + ridge).to(self.dtype)
 
     def get_scores(
-        self, features: Tensor, target_grads: Tensor, accumulator: Tensor
+        self, features: Tensor, target_grads: Tensor, *, accumulator: Tensor
     ) -> None:
         accumulator += (features @ target_grads.T).detach().cpu()
 

@@ -57,7 +57,7 @@ def test_the_readmes_loop(traker: TRAKer, expected: Tensor) -> None:
     """The checkpoint comes first, everything else by name."""
     for model_id, checkpoint in enumerate(CHECKPOINTS):
         traker.load_checkpoint(checkpoint, model_id=model_id)
-        for batch in batches(TRAIN, 8):
+        for batch in map(list, batches(TRAIN, 8)):  # as loaders give them
             traker.featurize(batch=batch, num_samples=batch[0].shape[0])
     traker.finalize_features()
     for model_id, checkpoint in enumerate(CHECKPOINTS):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from tests.compat.problem import (
     textbook,
 )
 from trak.errors import OptionError
+from trak.gradient_computers import IterativeGradientComputer
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.projectors import NoOpProjector
 
@@ -64,6 +66,16 @@ def half_miss(model: Any, weights: Any, images: Tensor, labels: Tensor) -> Tenso
 )
 def test_a_task(task: Any, tmp_path: Path) -> None:
     found = run(tmp_path, task=task, projector=NoOpProjector())
+    assert_scores(found, textbook(output=scaled_logit, out_to_loss=half_miss))
+
+
+def test_a_task_for_whole_batches(tmp_path: Path) -> None:
+    found = run(
+        tmp_path,
+        task=plugins.WholeBatchTask(),
+        gradient_computer=IterativeGradientComputer,
+        projector=NoOpProjector(),
+    )
     assert_scores(found, textbook(output=scaled_logit, out_to_loss=half_miss))
 
 
@@ -342,6 +354,7 @@ def test_the_keywords_a_saver_is_built_with(tmp_path: Path) -> None:
     assert list(seen) == list(saver_options(tmp_path))
     keys = ("JL dimension", "JL matrix type", "train set size")
     assert [seen["metadata"][key] for key in keys] == [P, "sparse", N]
+    assert json.loads(json.dumps(seen["metadata"])) == seen["metadata"]
     assert traker.saver.save_dir == tmp_path.resolve()
 
 
