@@ -5,11 +5,18 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import json
+import logging
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
+
+from trak import TRAKer, _layout, errors
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -90,3 +97,131 @@ def test_blocks_run(
     if page.parent.name == "symptoms" and page != index:
         execute(index, namespace)  # the set-up of all of them
     execute(page, namespace)
+
+
+# -- store.md against a real store ------------------------------------------------------
+
+STORE = ROOT / "docs" / "store.md"
+N, P, M = 7, 5, 4
+
+
+def tables(page: Path) -> dict[str, list[list[str]]]:
+    """Give the rows of every table of a page, under the heading it follows."""
+    found: dict[str, list[list[str]]] = {}
+    heading = ""
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        elif line.startswith("|") and not line.startswith("|---"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            found.setdefault(heading, []).append(cells)
+    return {heading: rows[1:] for heading, rows in found.items()}
+
+
+def code(cell: str) -> str:
+    return cell.strip("`")
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["float16", "float32"])
+def store(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Path:
+    """Make a store with every file there can be: two checkpoints, two experiments."""
+    save_dir: Path = tmp_path_factory.mktemp("store")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, 3, generator=generator)
+    y = torch.arange(N) % 2
+    model = torch.nn.Linear(3, 2)
+    traker = TRAKer(
+        model,
+        "image_classification",
+        N,
+        save_dir,
+        proj_dim=P,
+        use_half_precision=request.param,
+        logging_level=logging.WARNING,
+    )
+    checkpoints = [
+        {"weight": torch.randn(2, 3, generator=generator), "bias": torch.zeros(2)}
+        for _ in range(2)
+    ]
+    for checkpoint in checkpoints:
+        traker.load_checkpoint(checkpoint)
+        traker.featurize((x, y))
+    traker.finalize_features([0])
+    traker.finalize_features([1], del_grads=True)
+    traker.saver.load_current_store(0)
+    assert traker.saver.current_store["features"].shape == (N, P)
+    for checkpoint in checkpoints:
+        traker.start_scoring_checkpoint(checkpoint, exp_name="one", num_targets=M)
+        traker.score((x[:M], y[:M]))
+    traker.finalize_scores("one")
+    return save_dir
+
+
+def documented_arrays() -> dict[str, list[str]]:
+    found = tables(STORE)
+    rows = [*found["Arrays of a checkpoint"], *found["Arrays of an experiment"]]
+    return {code(row[0]): row for row in rows}
+
+
+def generic(path: str) -> str:
+    """Put the placeholders back into a path below a store."""
+    path = re.sub(r"^[01]/", "<id>/", path)
+    path = re.sub(r"^id_[01]\.", "id_<id>.", path)
+    return re.sub(r"/one([._])", r"/<exp>\1", path)
+
+
+def test_store_files(store: Path) -> None:
+    half = json.loads((store / "metadata.json").read_text())["dtype"] == "float16"
+    real = {
+        generic(str(path.relative_to(store)))
+        for path in store.rglob("*")
+        if path.is_file()
+    }
+    records = {h.split("`")[1] for h in tables(STORE) if h.startswith("Record")}
+    documented = {*documented_arrays(), *records, "experiments.json"}
+    if not half:
+        documented = {name for name in documented if "exponent" not in name}
+    assert real == documented
+
+
+def test_store_arrays(store: Path) -> None:
+    dtype = json.loads((store / "metadata.json").read_text())["dtype"]
+    sizes = {"n": N, "p": P, "q": min(N, P), "m": M, "1": 1}
+    documented = documented_arrays()
+    for path in store.rglob("*.mmap"):
+        _, _, axes, kind, _ = documented[generic(str(path.relative_to(store)))]
+        array = np.load(path, allow_pickle=False)
+        assert array.shape == tuple(sizes[axis.strip()] for axis in axes.split(","))
+        assert array.dtype == np.dtype(dtype if kind == "store" else kind)
+
+
+def test_store_keys() -> None:
+    found = tables(STORE)
+    specs = {code(row[1]): code(row[0]) for row in found["Arrays of a checkpoint"]}
+    kept = {**_layout.TRAIN_ARRAYS, **_layout.DERIVED_ARRAYS}
+    assert specs == {
+        key: spec.path.replace("{model}", "<id>") for key, spec in kept.items()
+    }
+    rows = {code(row[1]) for row in found["Arrays of an experiment"]}
+    assert rows == {f"<exp>_{key}" for key in [*_layout.TARGET_ARRAYS, "scores"]}
+
+
+def test_store_records(store: Path) -> None:
+    headings = [h for h in tables(STORE) if h.startswith("Record")]
+    for heading in headings:
+        name = heading.split("`")[1]
+        documented = {code(row[0]) for row in tables(STORE)[heading]}
+        real: set[str] = set()
+        for path in store.rglob("*.json"):
+            if generic(str(path.relative_to(store))) == name:
+                record = json.loads(path.read_text())
+                if name == "id_<id>.json":
+                    (record,) = record.values()
+                real |= set(record)
+        assert real == documented, name
+
+
+def test_store_refusals_name_real_errors() -> None:
+    for row in tables(STORE)["What is refused"]:
+        (name,) = re.findall(r"`(\w+)`", row[1])
+        assert issubclass(getattr(errors, name), errors.TrakError)
