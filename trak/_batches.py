@@ -1,0 +1,170 @@
+"""Batches of any nesting: their size, their rows, and what their rows hash to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from trak._types import Batch
+from trak.errors import BatchError
+
+
+def canonical(batch: Batch) -> Batch:
+    """Copy the nesting of a batch with plain containers and tensor leaves.
+
+    Mappings of any class (a tokenizer's output, say) become dicts, NumPy arrays become
+    tensors that share their memory; tensors and everything else stay what they are.
+
+    Returns:
+        The new nesting.
+
+    Example:
+        >>> canonical([np.zeros(2), {"a": None}])
+        [tensor([0., 0.], dtype=torch.float64), {'a': None}]
+    """
+    return _map(batch, lambda leaf: leaf)
+
+
+def _map(batch: Batch, function: Callable[[Any], Any]) -> Batch:
+    if isinstance(batch, Mapping):
+        return {key: _map(value, function) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_make"):  # a named tuple
+        return batch._make(_map(value, function) for value in batch)
+    if isinstance(batch, tuple):
+        return tuple(_map(value, function) for value in batch)
+    if isinstance(batch, list):
+        return [_map(value, function) for value in batch]
+    if isinstance(batch, np.ndarray) and batch.dtype != object:
+        batch = torch.from_numpy(batch)
+    return function(batch)
+
+
+def row_leaves(batch: Batch) -> list[Tensor]:
+    """List the tensors of a canonical batch that have a row for every example.
+
+    Returns:
+        All tensors but those without axes, which every example shares.
+    """
+    return list(_row_leaves(batch))
+
+
+def _row_leaves(batch: Batch) -> Iterator[Tensor]:
+    if isinstance(batch, Mapping):
+        for value in batch.values():
+            yield from _row_leaves(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _row_leaves(value)
+    elif isinstance(batch, Tensor) and batch.ndim > 0:
+        yield batch
+
+
+def batch_size(batch: Batch) -> int:
+    """Infer the number of examples of a canonical batch.
+
+    Args:
+        batch: Tensors in any nesting of tuples, lists and dicts.
+
+    Returns:
+        The common length of the first axes.
+
+    Raises:
+        BatchError: If there is no tensor with a first axis, or their lengths differ.
+
+    Example:
+        >>> batch_size((torch.zeros(3, 8), torch.zeros(3)))
+        3
+    """
+    leaves = row_leaves(batch)
+    if not leaves:
+        raise BatchError(
+            f"The batch, a {type(batch).__name__}, holds no tensor with a first axis, so "
+            f"it has no number of samples; pass tensors in tuples, lists or dicts."
+        )
+    sizes = {len(leaf) for leaf in leaves}
+    if len(sizes) > 1:
+        shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
+        raise BatchError(
+            f"The tensors of the batch have different first axes: shapes {shapes}. Every "
+            f"tensor needs one row for each example."
+        )
+    return sizes.pop()
+
+
+def take(batch: Batch, rows: slice) -> Batch:
+    """Select consecutive examples of a canonical batch; nothing is copied.
+
+    Returns:
+        The batch of those examples.
+
+    Example:
+        >>> take((torch.arange(4), "shared"), slice(1, 3))
+        (tensor([1, 2]), 'shared')
+    """
+
+    def select(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.ndim > 0
+        return leaf[rows] if has_rows else leaf
+
+    return _map(batch, select)
+
+
+def rebuild(batch: Batch, leaves: list[Tensor]) -> Batch:
+    """Put new tensors in the places of :func:`row_leaves`, in its order."""
+    remaining = iter(leaves)
+
+    def replace(leaf: Any) -> Any:
+        has_rows = isinstance(leaf, Tensor) and leaf.ndim > 0
+        return next(remaining) if has_rows else leaf
+
+    return _map(batch, replace)
+
+
+def as_arguments(example: Batch) -> tuple[Any, ...]:
+    """Spread an example the way tasks take it: sequences spread, all else one argument."""
+    return tuple(example) if isinstance(example, list | tuple) else (example,)
+
+
+def check_device(batch: Batch, device: torch.device) -> None:
+    """Refuse a batch that lies on another device than the model.
+
+    Raises:
+        BatchError: If it does, naming both devices.
+    """
+    for leaf in row_leaves(batch):
+        if leaf.device != device:
+            raise BatchError(
+                f"The batch has a tensor on {leaf.device}, the model is on {device}; "
+                f"move the batch first, e.g. tensor.to({str(device)!r})."
+            )
+
+
+def row_digests(batch: Batch) -> Int64[np.ndarray, " b"]:
+    """Hash each example's bytes, to notice another example under the same index.
+
+    Returns:
+        A 64-bit hash of every row, over all tensors of the batch. Shape ``(b,)``.
+    """
+    rows = [
+        leaf
+        .detach()
+        .cpu()
+        .contiguous()
+        .reshape(len(leaf), -1)
+        .view(torch.uint8)
+        .numpy()
+        for leaf in row_leaves(batch)
+    ]
+    digests = np.empty(len(rows[0]), dtype=np.int64)
+    for i in range(len(digests)):
+        digest = hashlib.blake2b(digest_size=8)
+        for leaf in rows:
+            digest.update(leaf[i].data)
+        digests[i] = np.frombuffer(digest.digest(), dtype=np.int64)[0]
+    return digests

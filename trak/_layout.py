@@ -1,0 +1,303 @@
+"""The on-disk contract: every file's name, axes and type, and how files come to be.
+
+Arrays are NumPy ``.npy`` files (named ``.mmap``, as 0.3.2 names them) that are mapped
+into memory; records are JSON. Nothing is ever unpickled. A file appears under its name
+only when it is whole: it is made under a temporary name and then linked or renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import socket
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trak.errors import ExperimentError, StoreCorruptError, StoreWriteError
+
+FORMAT = 1
+"""Version of everything this module describes."""
+
+MANIFEST = "metadata.json"
+EXPERIMENTS = "experiments.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ArraySpec:
+    """One kind of array file."""
+
+    path: str
+    """Path under ``save_dir``; ``{model}`` and ``{exp}`` stand for the two names."""
+
+    axes: tuple[str, str]
+    """Symbols of its axes; ``q`` is ``min(n, p)``."""
+
+    dtype: str
+    """NumPy type name, or ``"store"`` for the type that features are stored in."""
+
+
+TRAIN_ARRAYS = {
+    "grads": ArraySpec("{model}/grads.mmap", ("n", "p"), "store"),
+    "grads_exponent": ArraySpec("{model}/grads_exponent.mmap", ("n", "1"), "int16"),
+    "out_to_loss": ArraySpec("{model}/out_to_loss.mmap", ("n", "1"), "float32"),
+    "row_digest": ArraySpec("{model}/_row_digest.mmap", ("n", "1"), "int64"),
+    "is_featurized": ArraySpec("{model}/_is_featurized.mmap", ("n", "1"), "int32"),
+}
+"""Arrays of a checkpoint, in the order in which a row is written: its flag last."""
+
+DERIVED_ARRAYS = {
+    "gram": ArraySpec("{model}/gram.mmap", ("q", "q"), "float64"),
+    "features": ArraySpec("{model}/features.mmap", ("n", "p"), "float32"),
+}
+"""Arrays computed from those, present once asked for."""
+
+TARGET_ARRAYS = {
+    "grads": ArraySpec("{model}/{exp}_grads.mmap", ("m", "p"), "store"),
+    "grads_exponent": ArraySpec(
+        "{model}/{exp}_grads_exponent.mmap", ("m", "1"), "int16"
+    ),
+    "row_digest": ArraySpec("{model}/{exp}_row_digest.mmap", ("m", "1"), "int64"),
+    "is_scored": ArraySpec("{model}/{exp}_is_scored.mmap", ("m", "1"), "int32"),
+}
+"""Arrays of an experiment on a checkpoint; the store's keys begin with ``{exp}_``."""
+
+SCORES = ArraySpec("scores/{exp}.mmap", ("n", "m"), "float32")
+"""The result of an experiment."""
+
+PENDING, DONE, SKIPPED = 0, 1, 2
+"""States of a row: not there, stored, and left out for want of finite numbers."""
+
+
+def check_exp_name(exp_name: object) -> str:
+    """Refuse an experiment name that cannot be a file name inside the store.
+
+    Returns:
+        The name.
+
+    Raises:
+        ExperimentError: If it is empty, starts with a dot, is longer than 150 bytes,
+            or has a path separator or a control character.
+    """
+    bad = (
+        not isinstance(exp_name, str)
+        or not exp_name
+        or exp_name.startswith(".")
+        or len(exp_name.encode()) > 150
+        or re.search(r"[/\\\x00-\x1f]", exp_name) is not None
+    )
+    if bad or not isinstance(exp_name, str):
+        raise ExperimentError(
+            f"exp_name={exp_name!r} cannot name files; use up to 150 bytes without path "
+            f"separators, control characters or a leading dot."
+        )
+    return exp_name
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name the file and the remedy when the operating system refuses to write.
+
+    Raises:
+        StoreWriteError: In place of the OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = {
+            errno.ENOSPC: "free some space, or use another save_dir",
+            errno.EDQUOT: "free some of your quota, or use another save_dir",
+            errno.EFBIG: "raise the file size limit, or use another save_dir",
+        }.get(error.errno or 0, "use a save_dir that this process can write to")
+        raise StoreWriteError(
+            error.errno,
+            f"cannot write {path}: {os.strerror(error.errno or 0)}; {remedy}. What was "
+            f"stored before is still there",
+        ) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents, if they are not there yet."""
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+
+
+def _temporary_prefix() -> str:
+    return f".trak-{socket.gethostname()}-{os.getpid()}-"
+
+
+@contextlib.contextmanager
+def _temporary_beside(path: Path) -> Iterator[Path]:
+    """Give a new file's path in the same directory; it is gone afterwards."""
+    with writing(path):
+        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), dir=path.parent)
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_dead_temporaries(directory: Path) -> None:
+    """Remove what killed processes of this machine left half-made in a directory."""
+    marker = f".trak-{socket.gethostname()}-"
+    for path in directory.glob(f"{marker}*"):
+        pid = path.name.removeprefix(marker).split("-")[0]
+        if (
+            pid.isdecimal()
+            and not Path(f"/proc/{pid}").exists()
+            and Path("/proc").exists()
+        ):
+            path.unlink(missing_ok=True)
+
+
+def write_record(
+    path: Path, record: Mapping[str, Any], *, replace: bool = True
+) -> bool:
+    """Write a JSON record so that no reader ever sees a part of it.
+
+    Args:
+        path: Where.
+        record: What.
+        replace: Whether a record already there gives way; if not, it stays.
+
+    Returns:
+        Whether the record was written.
+
+    Raises:
+        StoreWriteError: If the file system refuses.
+    """
+    with _temporary_beside(path) as temporary, writing(path):
+        with temporary.open("w") as file:
+            json.dump(record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        return _publish(temporary, path, replace=replace)
+
+
+def _publish(temporary: Path, path: Path, *, replace: bool) -> bool:
+    temporary.chmod(0o644)
+    if replace:
+        temporary.replace(path)
+        return True
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    return True
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a JSON record.
+
+    Returns:
+        The record.
+
+    Raises:
+        StoreCorruptError: If it is not a JSON object.
+    """
+    try:
+        record = json.loads(path.read_bytes())
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise StoreCorruptError(
+            f"{path} is damaged ({error}); move it away, or use another save_dir."
+        ) from error
+    if not isinstance(record, dict):
+        raise StoreCorruptError(
+            f"{path} holds a {type(record).__name__} where a record was expected; it is "
+            f"not a file of this store. Move it away, or use another save_dir."
+        )
+    return record
+
+
+def create_array(path: Path, shape: tuple[int, int], dtype: str) -> None:
+    """Make an array of zeros with all its blocks on disk, unless it is there already.
+
+    The blocks are reserved at once, so that a full disk is an error here and not a
+    crash of the process at some later write.
+
+    Raises:
+        StoreWriteError: If the file system refuses.
+    """
+    if path.exists():
+        return
+    with _temporary_beside(path) as temporary, writing(path):
+        write_header(temporary, shape, dtype)
+        _publish(temporary, path, replace=False)
+
+
+@contextlib.contextmanager
+def new_array(path: Path, shape: tuple[int, int], dtype: str) -> Iterator[np.memmap]:
+    """Fill a new array, which takes its name only when the block ends without error."""
+    with _temporary_beside(path) as temporary:
+        with writing(path):
+            write_header(temporary, shape, dtype)
+        array = np.lib.format.open_memmap(temporary, mode="r+")
+        yield array
+        with writing(path):
+            array.flush()
+            _publish(temporary, path, replace=True)
+
+
+def write_header(path: Path, shape: tuple[int, int], dtype: str) -> None:
+    """Write an array file's header and reserve its blocks."""
+    with path.open("wb") as file:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+            "fortran_order": False,
+            "shape": shape,
+        }
+        np.lib.format.write_array_header_1_0(file, header)
+        size = file.tell() + shape[0] * shape[1] * np.dtype(dtype).itemsize
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(file.fileno(), 0, size)
+        file.truncate(size)
+
+
+def open_array(
+    path: Path, shape: tuple[int, int], dtype: str, mode: str = "r+"
+) -> np.memmap:
+    """Map an array file, after checking that it is the one that was made.
+
+    Returns:
+        The array.
+
+    Raises:
+        StoreCorruptError: If its header, shape, type or length is another.
+        StoreWriteError: If it may not be written to.
+    """
+    try:
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            found = np.lib.format.read_array_header_1_0(file)
+            length = file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize
+    except ValueError as error:
+        raise StoreCorruptError(
+            f"{path} is not an array file of this store ({error}); {_REMEDY}"
+        ) from error
+    expected = (tuple(shape), False, np.dtype(dtype))
+    if found != expected:
+        raise StoreCorruptError(
+            f"{path} holds {found[2]} of shape {found[0]} where {expected[2]} of shape "
+            f"{expected[0]} was expected; {_REMEDY}"
+        )
+    actual = path.stat().st_size
+    if actual != length:
+        raise StoreCorruptError(
+            f"{path} has {actual} bytes where {length} were expected: it was truncated or "
+            f"written over; {_REMEDY}"
+        )
+    with writing(path):
+        array: np.memmap = np.lib.format.open_memmap(path, mode=mode)
+    return array
+
+
+_REMEDY = "delete what belongs to this checkpoint or experiment, and compute it again."

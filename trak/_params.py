@@ -1,0 +1,178 @@
+"""Which parameters are differentiated, and what identifies a set of weights."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from trak._types import Gradients, GradWrt, Weights
+from trak.errors import BatchError, OptionError
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The parameters that are differentiated, in the model's order."""
+
+    names: tuple[str, ...]
+    """Names as ``model.named_parameters()`` gives them; a tied parameter's first name."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    """Their shapes."""
+
+    @property
+    def grad_dim(self) -> int:
+        """Number of gradient entries, ``d``."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    def fingerprint(self) -> str:
+        """Hash the names and shapes, for the store's manifest."""
+        listing = "\n".join(
+            f"{name} {list(shape)}"
+            for name, shape in zip(self.names, self.shapes, strict=True)
+        )
+        return hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
+
+    def split(self, flat: Shaped[Tensor, "b d"]) -> dict[str, Tensor]:
+        """View ``(b, d)`` gradients as one ``(b, *shape)`` tensor per parameter."""
+        sizes = [math.prod(shape) for shape in self.shapes]
+        pieces = torch.split(flat, sizes, dim=1)
+        return {
+            name: piece.reshape(len(flat), *shape)
+            for name, shape, piece in zip(self.names, self.shapes, pieces, strict=True)
+        }
+
+
+def select_parameters(
+    model: torch.nn.Module, grad_wrt: GradWrt | None = None
+) -> Selection:
+    """Choose the parameters to differentiate.
+
+    Frozen parameters (``requires_grad=False``) are never chosen; a tied parameter is
+    chosen once, under its first name.
+
+    Args:
+        model: The model.
+        grad_wrt: None for all; or names and globs such as ``"encoder.*"``; or a
+            predicate on (name, parameter).
+
+    Returns:
+        The selection, in the model's own order whatever the order of ``grad_wrt``.
+
+    Raises:
+        OptionError: If a name or glob matches nothing, names a frozen parameter, or
+            nothing at all is left to differentiate.
+
+    Example:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+        >>> select_parameters(model, ["1.*"]).names
+        ('1.weight', '1.bias')
+    """
+    parameters = dict(model.named_parameters())
+    if grad_wrt is None:
+        chosen = set(parameters)
+    elif callable(grad_wrt):
+        chosen = {name for name, value in parameters.items() if grad_wrt(name, value)}
+    else:
+        patterns = [grad_wrt] if isinstance(grad_wrt, str) else list(grad_wrt)
+        chosen = _match(patterns, parameters)
+    names = [
+        n for n, value in parameters.items() if n in chosen and value.requires_grad
+    ]
+    if not names:
+        raise OptionError(
+            f"No parameter to differentiate: of the model's {len(parameters)} parameters, "
+            f"grad_wrt chooses {len(chosen)}, and of those none has requires_grad=True."
+        )
+    return Selection(tuple(names), tuple(tuple(parameters[n].shape) for n in names))
+
+
+def _match(
+    patterns: Sequence[str], parameters: Mapping[str, torch.nn.Parameter]
+) -> set[str]:
+    chosen: set[str] = set()
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise OptionError(
+                f"grad_wrt takes names, globs or a predicate; got {pattern!r} among them."
+            )
+        if pattern in parameters:
+            if not parameters[pattern].requires_grad:
+                raise OptionError(
+                    f"grad_wrt names {pattern!r}, which is frozen; call requires_grad_() "
+                    f"on it, or leave it out."
+                )
+            chosen.add(pattern)
+            continue
+        matches = fnmatch.filter(parameters, pattern)
+        if not matches:
+            close = difflib.get_close_matches(pattern, parameters, n=3, cutoff=0.3)
+            raise OptionError(
+                f"grad_wrt names {pattern!r}, which matches none of the model's "
+                f"{len(parameters)} parameters; the closest are {close}."
+            )
+        chosen.update(matches)
+    return chosen
+
+
+def flatten_rows(grads: Gradients) -> Shaped[Tensor, "b d"]:
+    """Flatten per-sample gradients to one row an example.
+
+    Args:
+        grads: ``{parameter: (b, *shape)}``, or ``(b, d)`` already.
+
+    Returns:
+        The gradients, concatenated in the mapping's order. Shape ``(b, d)``.
+
+    Raises:
+        BatchError: If the mapping is empty or its tensors differ in ``b``.
+
+    Example:
+        >>> flatten_rows({"w": torch.ones(2, 1, 2), "b": torch.zeros(2)})
+        tensor([[1., 1., 0.],
+                [1., 1., 0.]])
+    """
+    if isinstance(grads, Tensor):
+        return grads.reshape(len(grads), -1)
+    sizes = {len(grad) for grad in grads.values()}
+    if len(sizes) != 1:
+        raise BatchError(
+            f"Per-sample gradients need one common number of rows; got {sorted(sizes)} "
+            f"over {len(grads)} parameters."
+        )
+    b = sizes.pop()
+    return torch.cat(
+        [g.reshape(b, math.prod(g.shape[1:])) for g in grads.values()], dim=1
+    )
+
+
+def fingerprint(weights: Weights) -> str:
+    """Hash named tensors by name, dtype, shape and bytes.
+
+    Args:
+        weights: A state dict.
+
+    Returns:
+        32 hexadecimal digits; equal for equal weights on any device.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(weights):
+        value = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def first_non_finite(weights: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Name the first tensor that holds a NaN or an infinity, or None."""
+    for name, value in weights:
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            return name
+    return None

@@ -1,0 +1,11 @@
+"""Per-sample gradients of a model output: the interface and its two implementations."""
+
+from trak.gradient_computers._abstract import AbstractGradientComputer
+from trak.gradient_computers._functional import FunctionalGradientComputer
+from trak.gradient_computers._iterative import IterativeGradientComputer
+
+__all__ = [
+    "AbstractGradientComputer",
+    "FunctionalGradientComputer",
+    "IterativeGradientComputer",
+]

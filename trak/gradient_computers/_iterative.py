@@ -1,0 +1,107 @@
+"""Per-sample gradients one example at a time, for any model that autograd can run."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trak._batches import as_arguments, batch_size
+from trak._types import Batch
+from trak.errors import GradientError, TaskError, TrakError
+from trak.gradient_computers._abstract import SelectiveGradientComputer
+from trak.modelout_functions import AbstractModelOutput
+
+
+class IterativeGradientComputer(SelectiveGradientComputer):
+    """Differentiates each example's output by a backward pass of its own.
+
+    The model is called as it stands, on the whole batch, so it needs nothing of
+    ``torch.func``. A task is asked for ``get_outputs(model, None, None, batch)`` where
+    it has that, else for ``get_output(model, None, None, *batch)`` as in 0.3.2; either
+    gives ``(b,)`` outputs.
+
+    Args:
+        model: The model.
+        task: A task with batched outputs.
+        grad_dim: Number of gradient entries, ``d``; None to count them.
+        dtype: Floating-point type of the computation; the model's own decides.
+        device: Where the model is.
+        grad_wrt: Names, globs or a predicate; None for all parameters.
+    """
+
+    def load_model_params(self, model: torch.nn.Module) -> None:
+        """Take over the weights of a model whose checkpoint was just loaded."""
+        self.model = model
+        named = dict(model.named_parameters())
+        self.model_params = [named[name] for name in self.selection.names]
+
+    def compute_per_sample_grad(self, batch: Batch) -> Float[Tensor, "b d"]:
+        r"""Compute :math:`\nabla_\theta f(z_i; \theta)` for every example of a batch.
+
+        Args:
+            batch: Tensors in any nesting, with one row for each example.
+
+        Returns:
+            The gradients, parameters in the model's order. Shape ``(b, d)``. An example
+            whose output is not finite has gradients of NaN.
+
+        Raises:
+            TaskError: If the task does not give one output for each example.
+            GradientError: If the outputs do not depend on the selected parameters.
+        """
+        b = batch_size(batch)
+        rows = self.model_params[0].new_zeros(b, self.selection.grad_dim)
+        if b == 0:
+            return rows
+        with torch.enable_grad():
+            outputs = self._outputs(batch)
+        if outputs.shape != (b,):
+            raise TaskError(
+                f"{type(self.modelout_fn).__name__} gives outputs of shape "
+                f"{tuple(outputs.shape)} for a batch of {b}; ({b},) is needed."
+            )
+        if not outputs.requires_grad:
+            raise GradientError(
+                f"The outputs of {type(self.modelout_fn).__name__} do not depend on any "
+                f"selected parameter through autograd; does it detach, or use no_grad?"
+            )
+        for i in range(b):
+            grads = torch.autograd.grad(
+                outputs[i],
+                self.model_params,
+                retain_graph=i + 1 < b,
+                allow_unused=True,
+                materialize_grads=True,
+            )
+            rows[i] = torch.cat([grad.reshape(-1) for grad in grads])
+        rows[~torch.isfinite(outputs.detach())] = torch.nan
+        return rows
+
+    def _outputs(self, batch: Batch) -> Tensor:
+        task = self.modelout_fn
+        own = getattr(type(task), "get_outputs", None)
+        if own is not None and own is not AbstractModelOutput.get_outputs:
+            return task.get_outputs(self.model, None, None, batch)
+        try:
+            return task.get_output(self.model, None, None, *as_arguments(batch))
+        except TrakError:
+            raise
+        except (TypeError, RuntimeError) as error:
+            raise TaskError(
+                f"{type(task).__name__}.get_output cannot be called on a whole batch "
+                f"without weights ({error}). Give the task get_outputs(model, weights, "
+                f"buffers, batch), or use FunctionalGradientComputer."
+            ) from error
+
+    def compute_loss_grad(self, batch: Batch) -> Tensor:
+        """Compute the out-to-loss gradient of every example of a batch.
+
+        Args:
+            batch: Tensors in any nesting, with one row for each example.
+
+        Returns:
+            The entries of Q (Park et al., 2023, Section 3.4). Shape ``(b, 1)``.
+        """
+        with torch.no_grad():
+            return self.modelout_fn.get_out_to_loss_grad(self.model, None, None, batch)

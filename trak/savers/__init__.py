@@ -1,0 +1,7 @@
+"""Where intermediate results live between calls: the 0.3.2 interface, and files."""
+
+from trak.errors import ModelIDException
+from trak.savers._abstract import AbstractSaver
+from trak.savers._mmap import MmapSaver
+
+__all__ = ["AbstractSaver", "MmapSaver", "ModelIDException"]

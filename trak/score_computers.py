@@ -1,0 +1,353 @@
+"""From projected gradients to scores: the 0.3.2 interface and the blocked computation.
+
+No files, no order of calls: rows come through readers, results leave as blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Float32, Float64
+from torch import Tensor
+
+from trak._linalg import (
+    TILE,
+    Kernel,
+    RowReader,
+    damp,
+    gram,
+    mean_eigenvalue,
+    pseudo_inverse,
+    spans,
+)
+from trak._options import Damping, parse_damping
+from trak.errors import SingularKernelError
+
+
+class AbstractScoreComputer(ABC):
+    """Computes features and scores in three steps, as in 0.3.2.
+
+    A subclass is given to :class:`trak.TRAKer` as a class and built with ``dtype``,
+    ``device``, ``logging_level`` and ``lambda_reg`` by keyword. The façade then holds
+    features and scores of shape ``(n, p)`` and ``(n, m)`` in memory.
+
+    Args:
+        dtype: Floating-point type of the computation.
+        device: Where it runs.
+        logging_level: Level of its logger.
+        lambda_reg: Damping, as given to the façade.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        logging_level: int = logging.INFO,
+        lambda_reg: float | str = "auto",
+    ) -> None:
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.logging_level = logging_level
+        self.lambda_reg = lambda_reg
+
+    @abstractmethod
+    def get_xtx(self, grads: Tensor) -> Tensor:
+        r"""Compute :math:`X^\top X`.
+
+        Args:
+            grads: Projected gradients :math:`X`. Shape ``(n, p)``.
+
+        Returns:
+            The Gram matrix. Shape ``(p, p)``.
+        """
+
+    @abstractmethod
+    def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
+        r"""Compute the features :math:`\Phi = X (X^\top X)^{-1}`.
+
+        Args:
+            grads: Projected gradients :math:`X`. Shape ``(n, p)``.
+            xtx: What :meth:`get_xtx` gave. Shape ``(p, p)``.
+
+        Returns:
+            The features. Shape ``(n, p)``.
+        """
+
+    @abstractmethod
+    def get_scores(
+        self, features: Tensor, target_grads: Tensor, accumulator: Tensor
+    ) -> None:
+        r"""Add :math:`\Phi \, G^\top` to an accumulator.
+
+        Args:
+            features: Features :math:`\Phi`. Shape ``(n, p)``.
+            target_grads: Projected gradients :math:`G` of the targets. Shape ``(m, p)``.
+            accumulator: Changed in place. Shape ``(n, m)``, float32, on the CPU.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """One checkpoint's part in the scores: where its rows are, and its kernel."""
+
+    train: RowReader
+    """Reads projected training gradients, or finished features if ``kernel`` is None."""
+
+    targets: RowReader
+    """Reads projected target gradients."""
+
+    kernel: Kernel | None
+    """The damped Gram matrix of the training gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A rectangle of the score matrix."""
+
+    rows: tuple[int, int]
+    """First training example, and one past the last."""
+
+    columns: tuple[int, int]
+    """First target, and one past the last."""
+
+    values: Float32[Tensor, "rows columns"]
+    """The scores."""
+
+
+class BasicScoreComputer(AbstractScoreComputer):
+    r"""The exact estimator, in float32 products, float64 sums and float64 solves.
+
+    .. math:: \tau = X (X^\top X + \lambda I)^{-1} \phi
+
+    is Park et al. (2023), Section 3, with a ridge penalty. Where there are no more
+    examples than projected entries it is computed in the dual,
+    :math:`(X X^\top + \lambda I)^{-1} X \phi`, so a solve costs ``min(n, p)**3``. The
+    solve is on the side of the targets, and no ``(n, p)`` features are made.
+
+    Args:
+        dtype: Floating-point type of the products; float32 or wider.
+        device: Where they run.
+        CUDA_MAX_DIM_SIZE: Largest number of rows of a product in the three 0.3.2
+            methods.
+        logging_level: Level of its logger.
+        lambda_reg: Damping: a number added to the diagonal, ``"auto"`` for one mean
+            eigenvalue, ``"pinv"`` for the undamped limit.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        CUDA_MAX_DIM_SIZE: int = 20_000,  # noqa: N803  0.3.2's name
+        logging_level: int = logging.INFO,
+        lambda_reg: float | str = "auto",
+    ) -> None:
+        super().__init__(dtype, device, logging_level, lambda_reg)
+        self.CUDA_MAX_DIM_SIZE = CUDA_MAX_DIM_SIZE
+        self._damping = parse_damping(lambda_reg)
+
+    def get_xtx(self, grads: Tensor) -> Tensor:
+        r"""Compute :math:`X^\top X` in blocks of rows.
+
+        Args:
+            grads: Projected gradients :math:`X`. Shape ``(n, p)``.
+
+        Returns:
+            The Gram matrix, in float64. Shape ``(p, p)``.
+        """
+        p = grads.shape[1]
+        total = torch.zeros(p, p, dtype=torch.float64, device=self.device)
+        for low, high in spans(len(grads), self.CUDA_MAX_DIM_SIZE):
+            rows = grads[low:high].to(self.device, torch.float32)
+            total += rows.T @ rows
+        return total
+
+    def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
+        r"""Compute :math:`\Phi = X (X^\top X + \lambda I)^{-1}` in blocks of rows.
+
+        Args:
+            grads: Projected gradients :math:`X`. Shape ``(n, p)``.
+            xtx: Their Gram matrix. Shape ``(p, p)``.
+
+        Returns:
+            The features, in float32. Shape ``(n, p)``.
+
+        Raises:
+            SingularKernelError: If the damped kernel cannot be inverted.
+        """
+        n, p = grads.shape
+        kernel = self.kernel(xtx.double(), n, p)
+        features = torch.empty(n, p, dtype=torch.float32, device=self.device)
+        for low, high in spans(n, self.CUDA_MAX_DIM_SIZE):
+            rows = grads[low:high].to(self.device, torch.float32)
+            features[low:high] = kernel.solve(rows.T).T
+        return features
+
+    def get_scores(
+        self, features: Tensor, target_grads: Tensor, accumulator: Tensor
+    ) -> None:
+        r"""Add :math:`\Phi \, G^\top` to an accumulator, in blocks of rows.
+
+        Args:
+            features: Features :math:`\Phi`. Shape ``(n, p)``.
+            target_grads: Projected gradients :math:`G` of the targets. Shape ``(m, p)``.
+            accumulator: Changed in place. Shape ``(n, m)``.
+        """
+        targets = target_grads.to(self.device, torch.float32).T
+        for low, high in spans(len(features), self.CUDA_MAX_DIM_SIZE):
+            rows = features[low:high].to(self.device, torch.float32)
+            accumulator[low:high] += (rows @ targets).to(accumulator.device)
+
+    def kernel(self, xtx: Float64[Tensor, "q q"], n: int, p: int) -> Kernel:
+        """Damp and factor a Gram matrix of the features.
+
+        Args:
+            xtx: The smaller of the two Gram matrices, or the ``(p, p)`` one.
+            n: Number of training examples.
+            p: Projected entries.
+
+        Returns:
+            What solves with it.
+
+        Raises:
+            SingularKernelError: If all gradients are zero, or there are fewer examples
+                than projected entries and no damping, or the conditioning is too bad.
+        """
+        average = mean_eigenvalue(xtx) * len(xtx) / min(n, p)
+        if average == 0:
+            raise SingularKernelError(
+                f"All gradients of the {n} training examples are zero, so there is "
+                f"nothing to attribute to. Are the right parameters selected, and is the "
+                f"model output not constant?"
+            )
+        if self._damping.is_pseudo_inverse:
+            return pseudo_inverse(xtx)
+        if n < p and self._damping.lambda_reg == 0:
+            raise SingularKernelError(
+                f"lambda_reg=0 with {n} training examples and proj_dim={p}: the kernel "
+                f"has no inverse, and its scores would be noise. Use lambda_reg='auto', "
+                f"a number > 0, a proj_dim below {n}, or lambda_reg='pinv' if the "
+                f"undamped limit is what you want."
+            )
+        return damp(xtx, self._damping.ridge(average))
+
+    def gram(self, train: RowReader, n: int, p: int) -> Float64[Tensor, "q q"]:
+        """Sum the smaller Gram matrix of the training gradients; see ``_linalg.gram``."""
+        return gram(train, n, p)
+
+    @property
+    def damping(self) -> Damping:
+        """The damping, parsed."""
+        return self._damping
+
+    def score_blocks(
+        self, sides: Sequence[Side], weight: Float[Tensor, " n"], n: int, m: int, p: int
+    ) -> Iterator[Block]:
+        r"""Compute the scores in rectangles, summing the checkpoints inside each.
+
+        .. math:: \tau = \frac{1}{C} \sum_c X_c (X_c^\top X_c + \lambda_c I)^{-1}
+                  \phi_c \cdot \bar{Q}
+
+        (Park et al., 2023, equation 17 without its soft threshold).
+
+        Args:
+            sides: The checkpoints.
+            weight: Mean out-to-loss of every training example. Shape ``(n,)``.
+            n: Number of training examples.
+            m: Number of targets.
+            p: Projected entries.
+
+        Yields:
+            Blocks that cover the matrix: all rows of some columns, then all rows of the
+            next.
+        """
+        scale = (weight.double() / len(sides)).float().to(self.device)[:, None]
+        width = max(1, TILE // (max(min(n, p), 1) * len(sides)))
+        height = max(1, TILE // max(p, min(width, m)))
+        for start, stop in spans(m, width):
+            parts = [self._right(side, n, p, start, stop) for side in sides]
+            for low, high in spans(n, height):
+                total = torch.zeros(high - low, stop - start, device=self.device)
+                for side, (right, is_score) in zip(sides, parts, strict=True):
+                    total += (
+                        right[low:high] if is_score else side.train(low, high) @ right
+                    )
+                yield Block((low, high), (start, stop), total * scale[low:high])
+
+    def _right(
+        self, side: Side, n: int, p: int, start: int, stop: int
+    ) -> tuple[Float32[Tensor, "k columns"], bool]:
+        """Solve for some targets; in the dual this gives their scores already."""
+        targets = side.targets(start, stop).T
+        if side.kernel is None:
+            return targets, False
+        if n > p:
+            return side.kernel.solve(targets).float(), False
+        products = [side.train(lo, hi) @ targets for lo, hi in spans(n, TILE // p + 1)]
+        return side.kernel.solve(torch.cat(products)).float(), True
+
+    def self_influence(self, side: Side, n: int, p: int) -> Float64[Tensor, " n"]:
+        r"""Compute :math:`\phi_i^\top (X^\top X + \lambda I)^{-1} \phi_i` for all rows.
+
+        Args:
+            side: A checkpoint with a kernel; its targets are not read.
+            n: Number of training examples.
+            p: Projected entries.
+
+        Returns:
+            Each training example's score on itself, before the out-to-loss weight.
+            Memory is ``min(n, p)**2``. Shape ``(n,)``.
+
+        Raises:
+            SingularKernelError: If the training gradients were deleted.
+        """
+        if side.kernel is None:
+            raise SingularKernelError(
+                "Self-influence needs the training gradients, which were deleted by "
+                "del_grads=True; featurize again without it."
+            )
+        if n <= p:
+            # XX'(XX' + λI)⁻¹ = I - λ(XX' + λI)⁻¹ and, undamped, the projection on its range.
+            eye = torch.eye(n, dtype=torch.float64, device=self.device)
+            if side.kernel.ridge:
+                return 1 - side.kernel.ridge * side.kernel.solve(eye).diagonal()
+            return (self.gram(side.train, n, p) @ side.kernel.solve(eye)).diagonal()
+        result = torch.empty(n, dtype=torch.float64, device=self.device)
+        for low, high in spans(n, max(1, TILE // p)):
+            rows = side.train(low, high).double()
+            result[low:high] = (rows * side.kernel.solve(rows.T).T).sum(dim=1)
+        return result
+
+
+class BasicSingleBlockScoreComputer(BasicScoreComputer):
+    """The same scores by the three 0.3.2 methods, each in a single product."""
+
+    def get_scores(
+        self, features: Tensor, target_grads: Tensor, accumulator: Tensor
+    ) -> None:
+        r"""Add :math:`\Phi \, G^\top` to an accumulator, in one product.
+
+        Args:
+            features: Features :math:`\Phi`. Shape ``(n, p)``.
+            target_grads: Projected gradients :math:`G` of the targets. Shape ``(m, p)``.
+            accumulator: Changed in place. Shape ``(n, m)``.
+        """
+        products = features.to(self.device) @ target_grads.to(self.device).float().T
+        accumulator += products.to(accumulator.device)
+
+
+def is_blocked(computer: object) -> bool:
+    """Tell whether the façade may use the blocked methods of a score computer.
+
+    Returns:
+        False for what replaces one of the three 0.3.2 methods, which are then called.
+    """
+    steps = ("get_xtx", "get_x_xtx_inv", "get_scores")
+    return isinstance(computer, BasicScoreComputer) and all(
+        getattr(type(computer), step) is getattr(BasicScoreComputer, step)
+        for step in steps
+    )
