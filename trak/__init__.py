@@ -1,5 +1,9 @@
-"""trak: which training examples made this model predict that?"""
+"""trak: which training examples made this model predict that?
+
+:class:`TRAKer` is the whole of the everyday interface.
+"""
 
 from trak._version import __version__
+from trak.traker import TRAKer
 
-__all__ = ["__version__"]
+__all__ = ["TRAKer", "__version__"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -100,8 +100,9 @@ class Side:
     targets: RowReader
     """Reads projected target gradients."""
 
-    kernel: Kernel | None
-    """The damped Gram matrix of the training gradients."""
+    kernel: Callable[[], Kernel] | None
+    """Factors the damped Gram matrix of the training gradients, anew at each call: kept
+    for every checkpoint at once, the factors might not fit into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +287,9 @@ class BasicScoreComputer(AbstractScoreComputer):
         if side.kernel is None:
             return targets, False
         if n > p:
-            return side.kernel.solve(targets).float(), False
+            return side.kernel().solve(targets).float(), False
         products = [side.train(lo, hi) @ targets for lo, hi in spans(n, TILE // p + 1)]
-        return side.kernel.solve(torch.cat(products)).float(), True
+        return side.kernel().solve(torch.cat(products)).float(), True
 
     def self_influence(self, side: Side, n: int, p: int) -> Float64[Tensor, " n"]:
         r"""Compute :math:`\phi_i^\top (X^\top X + \lambda I)^{-1} \phi_i` for all rows.
@@ -310,16 +311,17 @@ class BasicScoreComputer(AbstractScoreComputer):
                 "Self-influence needs the training gradients, which were deleted by "
                 "del_grads=True; featurize again without it."
             )
+        kernel = side.kernel()
         if n <= p:
             # XX'(XX' + λI)⁻¹ = I - λ(XX' + λI)⁻¹ and, undamped, the projection on its range.
             eye = torch.eye(n, dtype=torch.float64, device=self.device)
-            if side.kernel.ridge:
-                return 1 - side.kernel.ridge * side.kernel.solve(eye).diagonal()
-            return (self.gram(side.train, n, p) @ side.kernel.solve(eye)).diagonal()
+            if kernel.ridge:
+                return 1 - kernel.ridge * kernel.solve(eye).diagonal()
+            return (self.gram(side.train, n, p) @ kernel.solve(eye)).diagonal()
         result = torch.empty(n, dtype=torch.float64, device=self.device)
         for low, high in spans(n, max(1, TILE // p)):
             rows = side.train(low, high).double()
-            result[low:high] = (rows * side.kernel.solve(rows.T).T).sum(dim=1)
+            result[low:high] = (rows * kernel.solve(rows.T).T).sum(dim=1)
         return result
 
 
@@ -340,14 +342,22 @@ class BasicSingleBlockScoreComputer(BasicScoreComputer):
         accumulator += products.to(accumulator.device)
 
 
-def is_blocked(computer: object) -> bool:
+def as_blocked(computer: AbstractScoreComputer) -> BasicScoreComputer | None:
     """Tell whether the façade may use the blocked methods of a score computer.
 
     Returns:
-        False for what replaces one of the three 0.3.2 methods, which are then called.
+        The computer; None if it replaces one of the three 0.3.2 methods, which are then
+        called.
     """
     steps = ("get_xtx", "get_x_xtx_inv", "get_scores")
-    return isinstance(computer, BasicScoreComputer) and all(
+    if isinstance(computer, BasicScoreComputer) and all(
         getattr(type(computer), step) is getattr(BasicScoreComputer, step)
         for step in steps
-    )
+    ):
+        return computer
+    return None
+
+
+def describe(computer: AbstractScoreComputer) -> str:
+    """Identify what a score computer makes of a checkpoint's rows."""
+    return f"{type(computer).__qualname__}, lambda_reg={computer.lambda_reg!r}"

@@ -222,7 +222,21 @@ class MmapSaver(AbstractSaver):
             _layout.write_record(self._finalized_path(model_id), record)
         elif self._finalized_path(model_id).exists():  # by another process, meanwhile
             record.update(_layout.read_record(self._finalized_path(model_id)))
+        if "weights" in record:
+            self._pin_weights(model_id, record["weights"])
         _layout.write_record(self._record_path(model_id), {str(model_id): record})
+
+    def _pin_weights(self, model_id: int, weights: str) -> None:
+        """Let only the first of several processes decide whose weights an id is for."""
+        path = self.save_dir / str(model_id) / "weights.json"
+        if not path.exists():
+            _layout.write_record(path, {"weights": weights}, replace=False)
+        first = _layout.read_record(path).get("weights")
+        if first != weights:
+            raise ModelIDException(
+                f"model id {model_id} was taken by another process for other weights; "
+                f"use another model_id."
+            )
 
     def load_current_store(
         self,
@@ -284,6 +298,16 @@ class MmapSaver(AbstractSaver):
             if place[0].exists() and self.model_ids[model_id]["is_finalized"]:
                 store[key] = _layout.open_array(*place, mode)
         return store
+
+    def open_digests(self, model_id: int) -> dict[str, Any] | None:
+        """Map what tells the training data of another checkpoint, if it is there."""
+        specs = {
+            key: _layout.TRAIN_ARRAYS[key] for key in ("row_digest", "is_featurized")
+        }
+        places = {key: self._place(spec, model_id) for key, spec in specs.items()}
+        if not all(path.exists() for path, _, _ in places.values()):
+            return None
+        return {key: _layout.open_array(*place, "r") for key, place in places.items()}
 
     # -- results ----------------------------------------------------------------------
 

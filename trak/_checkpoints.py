@@ -1,0 +1,98 @@
+"""Loading a checkpoint into the model, after checking that it can be right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from trak._params import fingerprint, first_non_finite
+from trak.errors import CheckpointError, ModelModeError, NonFiniteError
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> str:
+    """Load a state dict and put the model in evaluation mode.
+
+    Args:
+        model: Changed in place, and only if the checkpoint fits.
+        checkpoint: Its state dict.
+
+    Returns:
+        A fingerprint of the weights.
+
+    Raises:
+        CheckpointError: If keys or shapes do not fit the model.
+        NonFiniteError: If a weight is NaN or infinite.
+        ModelModeError: If some layer couples the examples of a batch.
+    """
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(
+            f"checkpoint must be a state dict; got {type(checkpoint).__name__}. Read one "
+            f"from a file with torch.load(path, weights_only=True)."
+        )
+    _check_fit(model, checkpoint)
+    bad = first_non_finite((k, v) for k, v in checkpoint.items() if _is_tensor(v))
+    if bad is not None:
+        raise NonFiniteError(
+            f"the checkpoint's {bad!r} has a NaN or an infinity, so every gradient would; "
+            f"the training run diverged, or the file is damaged.",
+            parameter=bad,
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ModelModeError(
+                f"{name or 'the model'} is a {type(module).__name__} without running "
+                f"statistics: each example's output depends on its batch, and has no "
+                f"gradient of its own. Use track_running_stats=True, or GroupNorm."
+            )
+    model.load_state_dict(dict(checkpoint))
+    model.eval()
+    return fingerprint({k: v for k, v in model.state_dict().items() if _is_tensor(v)})
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
+
+
+def _check_fit(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> None:
+    own = model.state_dict()
+    missing = [key for key in own if key not in checkpoint]
+    unexpected = [key for key in checkpoint if key not in own]
+    if missing or unexpected:
+        hint = ""
+        if any(key.removeprefix("module.") in own for key in unexpected):
+            hint = (
+                " The keys begin with 'module.', as DistributedDataParallel saves them."
+            )
+        elif "state_dict" in checkpoint or "model" in checkpoint:
+            hint = " The state dict seems to be one of the checkpoint's entries."
+        raise CheckpointError(
+            f"the checkpoint does not fit {type(model).__name__}: missing {missing[:5]} "
+            f"({len(missing)} in all), unexpected {unexpected[:5]} ({len(unexpected)} in "
+            f"all).{hint}"
+        )
+    for key, value in own.items():
+        other = checkpoint[key]
+        if _is_tensor(value) and getattr(other, "shape", None) != value.shape:
+            raise CheckpointError(
+                f"the checkpoint's {key!r} has shape "
+                f"{tuple(getattr(other, 'shape', ()))}, the model's {tuple(value.shape)}."
+            )
+
+
+def check_mode(model: torch.nn.Module) -> None:
+    """Refuse a model with batch statistics or dropout switched on.
+
+    Raises:
+        ModelModeError: If a normalisation or dropout layer is in training mode.
+    """
+    for name, module in model.named_modules():
+        if module.training and isinstance(module, _BatchNorm | _DropoutNd):
+            raise ModelModeError(
+                f"{name or 'the model'} ({type(module).__name__}) is in training mode, so "
+                f"an example's gradient depends on its batch or on chance. Call "
+                f"model.eval(); load_checkpoint did, and something switched it back."
+            )

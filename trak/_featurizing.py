@@ -1,0 +1,400 @@
+"""From a batch to rows of the store: gradients, projection, checks, writing, reading."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Float32, Int64
+from torch import Tensor
+
+from trak._batches import take
+from trak._layout import DONE, PENDING, SKIPPED
+from trak._linalg import RowReader, decode_half, encode_half
+from trak._params import Selection, first_non_finite
+from trak._types import Batch
+from trak.errors import (
+    GradientError,
+    NonFiniteError,
+    StaleRowError,
+    StoreWriteError,
+    TaskError,
+)
+from trak.gradient_computers import AbstractGradientComputer
+from trak.projectors import AbstractProjector
+
+Store = MutableMapping[str, Any]
+
+SAME_ROW = 0.05
+"""Relative difference above which two gradients are not of the same example.
+
+Other batch sizes differ by 1e-5 or so, half-precision storage by 5e-4."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """What turns an example into a row, for one checkpoint."""
+
+    computer: AbstractGradientComputer
+    projector: AbstractProjector
+    selection: Selection
+    model_id: int
+    proj_dim: int
+    scale: float
+    """What projected gradients are divided by: the square root of ``d``."""
+
+    what: str
+    """``"training example"`` or ``"target"``, for messages."""
+
+    weighted: bool
+    """Whether to ask the task for out-to-loss weights, which checks the labels too."""
+
+    def rows(self, batch: Batch, size: int) -> Float32[Tensor, "b p"]:
+        r"""Compute :math:`P^\top \nabla f(z_i) / \sqrt{d}` for every example of a batch.
+
+        Args:
+            batch: The examples.
+            size: Their number, ``b``.
+
+        Returns:
+            The rows; NaN where a gradient is not finite. Shape ``(b, p)``.
+
+        Raises:
+            GradientError: If gradients or projections do not have the right shape.
+        """
+        blocks = getattr(self.computer, "per_sample_grad_blocks", None)
+        grads = (
+            blocks(batch) if blocks else [self.computer.compute_per_sample_grad(batch)]
+        )
+        pieces = []
+        for block in grads:
+            named = block
+            if isinstance(block, Tensor) and getattr(
+                self.projector, "by_parameter", False
+            ):
+                if block.ndim != 2 or block.shape[1] != self.selection.grad_dim:
+                    raise GradientError(
+                        f"{type(self.computer).__name__} gave gradients of shape "
+                        f"{tuple(block.shape)}; ({size}, {self.selection.grad_dim}) is "
+                        f"needed."
+                    )
+                named = self.selection.split(block)
+            pieces.append(self.projector.project(named, model_id=self.model_id))
+        rows = torch.cat(pieces).detach()
+        if rows.shape != (size, self.proj_dim):
+            raise GradientError(
+                f"{type(self.projector).__name__} gave rows of shape {tuple(rows.shape)} "
+                f"for a batch of {size}; ({size}, {self.proj_dim}) is needed."
+            )
+        return rows.float() / self.scale
+
+    def out_to_loss(self, batch: Batch, size: int) -> Float32[Tensor, "b 1"]:
+        """Compute the out-to-loss weight of every example of a batch.
+
+        Args:
+            batch: The examples.
+            size: Their number, ``b``.
+
+        Returns:
+            The weights. Shape ``(b, 1)``.
+
+        Raises:
+            TaskError: If the task gives another number of them.
+        """
+        weights = self.computer.compute_loss_grad(batch).detach()
+        if weights.numel() != size or len(weights) != size:
+            raise TaskError(
+                f"{type(self.computer.modelout_fn).__name__}.get_out_to_loss_grad gave "
+                f"shape {tuple(weights.shape)} for a batch of {size}; ({size}, 1) is "
+                f"needed."
+            )
+        return weights.reshape(size, 1).float()
+
+    def non_finite(
+        self, batch: Batch, position: int, index: int, weight: Tensor | None
+    ) -> NonFiniteError:
+        """Say which example of a batch has a NaN or an infinity, and where.
+
+        Args:
+            batch: The examples.
+            position: The example's position in it.
+            index: Its row in the store.
+            weight: Its out-to-loss weight, where there is one.
+
+        Returns:
+            The error to raise.
+        """
+        where, parameter = "its projected gradient", None
+        if weight is not None and not torch.isfinite(weight).all():
+            where = "its out-to-loss gradient"
+        else:
+            example = take(batch, slice(position, position + 1))
+            grads = self.computer.compute_per_sample_grad(example)
+            if isinstance(grads, Tensor) and grads.shape[-1] == self.selection.grad_dim:
+                grads = self.selection.split(grads)
+            if not isinstance(grads, Tensor):
+                parameter = first_non_finite(grads.items())
+            if parameter:
+                where = f"its gradient, first for the parameter {parameter!r}"
+        remedy = "Check the example and the model's output for it"
+        if self.what == "training example":
+            remedy += ", or pass on_non_finite='skip' to leave such examples out"
+        return NonFiniteError(
+            f"{self.what} {index} has a NaN or an infinity in {where} (model id "
+            f"{self.model_id}). {remedy}. Nothing of this batch was stored.",
+            index=index,
+            model_id=self.model_id,
+            parameter=parameter,
+        )
+
+
+def store_batch(
+    pipeline: Pipeline,
+    store: Store,
+    exp_name: str | None,
+    batch: Batch,
+    inds: Int64[np.ndarray, " b"],
+    digests: Int64[np.ndarray, " b"],
+    *,
+    skip: bool,
+) -> None:
+    """Compute the rows of a batch and store those that are not stored yet.
+
+    The whole batch is computed if any row of it is missing, so that work resumed with
+    the same batches gives the same bits.
+
+    Args:
+        pipeline: What computes.
+        store: The saver's current arrays.
+        exp_name: The experiment whose targets these are; None for training examples.
+        batch: The examples.
+        inds: Their row numbers.
+        digests: Their hashes.
+        skip: Whether training examples that are not finite are left out.
+
+    Raises:
+        NonFiniteError: If a row is not finite, and may not be left out.
+    """
+    prefix = "" if exp_name is None else f"{exp_name}_"
+    flag = "is_featurized" if exp_name is None else f"{prefix}is_scored"
+    pending = pending_rows(store, flag, inds)
+    changed = changed_rows(store, prefix, inds, digests, ~pending)
+    if not (pending.any() or changed.any()):
+        return
+    weights = pipeline.out_to_loss(batch, len(inds)) if pipeline.weighted else None
+    rows = pipeline.rows(batch, len(inds))
+    check_same_rows(store, prefix, flag, inds, rows, changed, pipeline.what)
+    finite = finite_rows(rows, weights)
+    bad = np.flatnonzero(pending & ~finite)
+    if len(bad) and not skip:
+        position = int(bad[0])
+        weight = None if weights is None else weights[position]
+        raise pipeline.non_finite(batch, position, int(inds[position]), weight)
+    extras = {f"{prefix}row_digest": digests[pending][:, None]}
+    if weights is not None and exp_name is None:
+        extras["out_to_loss"] = weights.cpu().numpy()[pending]
+    chosen = torch.from_numpy(pending)
+    write_rows(
+        store, prefix, flag, inds[pending], rows.cpu()[chosen], extras, finite[pending]
+    )
+
+
+def finite_rows(
+    rows: Float[Tensor, "b p"], weights: Float[Tensor, "b 1"] | None
+) -> Bool[np.ndarray, " b"]:
+    """Tell for every example whether its row and weight are finite."""
+    finite = torch.isfinite(rows).all(dim=1)
+    if weights is not None:
+        finite &= torch.isfinite(weights).all(dim=1)
+    result: np.ndarray = finite.cpu().numpy()
+    return result
+
+
+def write_rows(
+    store: Store,
+    prefix: str,
+    flag: str,
+    inds: Int64[np.ndarray, " k"],
+    rows: Float32[Tensor, "k p"],
+    extras: dict[str, np.ndarray],
+    finite: Bool[np.ndarray, " k"],
+) -> None:
+    """Write rows, and when they are on disk, the flags that say so.
+
+    Args:
+        store: The saver's current arrays.
+        prefix: ``""`` for training rows, ``"{exp}_"`` for targets.
+        flag: Name of the array of flags.
+        inds: Row numbers.
+        rows: Projected gradients. Shape ``(k, p)``.
+        extras: Further arrays by name, each with ``k`` rows; those that the store does
+            not have are left out.
+        finite: Which rows are finite; the others are written as zeros and marked.
+
+    Raises:
+        StoreWriteError: If a value does not survive in the store's own type.
+    """
+    mask = torch.from_numpy(finite)[:, None]
+    rows = torch.where(mask, rows.cpu(), torch.zeros(()))
+    values: dict[str, np.ndarray] = dict(extras)
+    if f"{prefix}grads_exponent" in store:
+        half, exponent = encode_half(rows)
+        values[f"{prefix}grads"] = half.numpy()
+        values[f"{prefix}grads_exponent"] = exponent[:, None].numpy()
+    else:
+        with np.errstate(over="ignore"):
+            stored = rows.numpy().astype(store[f"{prefix}grads"].dtype)
+        if not np.isfinite(stored).all():
+            raise StoreWriteError(
+                f"A projected gradient does not fit {stored.dtype}, the type that this "
+                f"saver stores; pass use_half_precision=False."
+            )
+        values[f"{prefix}grads"] = stored
+    for name, value in values.items():
+        if name in store:
+            store[name][inds] = np.where(
+                finite.reshape(-1, *[1] * (value.ndim - 1)),
+                value,
+                np.zeros((), value.dtype),
+            ).reshape(len(inds), -1)
+            _flush(store[name])
+    if flag in store:
+        flags = store[flag]
+        flags[inds] = np.where(finite, DONE, SKIPPED).reshape(-1, *flags.shape[1:])
+        _flush(flags)
+
+
+def _flush(array: Any) -> None:
+    if isinstance(array, np.memmap):
+        array.flush()
+
+
+def pending_rows(
+    store: Store, flag: str, inds: Int64[np.ndarray, " b"]
+) -> Bool[np.ndarray, " b"]:
+    """Tell which rows are not in the store yet."""
+    if flag not in store:
+        return np.ones(len(inds), dtype=bool)
+    states: np.ndarray = np.asarray(store[flag][inds]).reshape(-1)
+    pending: np.ndarray = states == PENDING
+    return pending
+
+
+def changed_rows(
+    store: Store,
+    prefix: str,
+    inds: Int64[np.ndarray, " b"],
+    digests: Int64[np.ndarray, " b"],
+    done: Bool[np.ndarray, " b"],
+) -> Bool[np.ndarray, " b"]:
+    """Tell which stored rows came from other bytes than the batch now has for them."""
+    key = f"{prefix}row_digest"
+    if key not in store:
+        return np.zeros(len(inds), dtype=bool)
+    stored: np.ndarray = np.asarray(store[key][inds]).reshape(-1)
+    changed: np.ndarray = done & (stored != digests)
+    return changed
+
+
+def first_difference(
+    other: Store | None,
+    inds: Int64[np.ndarray, " b"],
+    digests: Int64[np.ndarray, " b"],
+) -> int | None:
+    """Find a training example whose bytes were others for another checkpoint.
+
+    Args:
+        other: The other checkpoint's arrays.
+        inds: Row numbers of the batch.
+        digests: The hashes of its examples.
+
+    Returns:
+        The first such example's index, or None.
+    """
+    if other is None:
+        return None
+    done = ~pending_rows(other, "is_featurized", inds)
+    positions = np.flatnonzero(changed_rows(other, "", inds, digests, done))
+    return int(inds[positions[0]]) if len(positions) else None
+
+
+def check_same_rows(
+    store: Store,
+    prefix: str,
+    flag: str,
+    inds: Int64[np.ndarray, " b"],
+    rows: Float32[Tensor, "b p"],
+    changed: Bool[np.ndarray, " b"],
+    what: str,
+) -> None:
+    """Refuse other examples under stored indices.
+
+    The bytes of an example may change and its gradient not, when only padding differs.
+
+    Args:
+        store: The saver's current arrays.
+        prefix: ``""`` for training rows, ``"{exp}_"`` for targets.
+        flag: Name of the array of flags.
+        inds: Row numbers of the batch.
+        rows: Their projected gradients, computed now. Shape ``(b, p)``.
+        changed: Which of them to compare with the stored ones.
+        what: What the rows are, for messages.
+
+    Raises:
+        StaleRowError: If one differs by more than rounding.
+    """
+    for position in np.flatnonzero(changed):
+        index = int(inds[position])
+        if int(np.asarray(store[flag][index]).reshape(-1)[0]) == SKIPPED:
+            continue
+        old = read_rows(store, prefix, torch.device("cpu"))(index, index + 1)[0]
+        new = rows[position].cpu()
+        if not torch.linalg.norm(new - old) <= SAME_ROW * torch.linalg.norm(old):
+            raise StaleRowError(
+                f"{what} {index} is stored already, but from other data: the same index "
+                f"now gives another gradient. Does the loader shuffle or augment? Go "
+                f"through the data in a fixed order and without augmentation, or pass "
+                f"inds; for other data use another save_dir or exp_name."
+            )
+
+
+def read_rows(store: Store, prefix: str, device: torch.device) -> RowReader:
+    """Make a reader of projected gradients.
+
+    Args:
+        store: The saver's current arrays.
+        prefix: ``""`` for training rows, ``"{exp}_"`` for targets.
+        device: Where the rows are wanted.
+
+    Returns:
+        ``read(low, high)``, which gives float32 rows of shape ``(high - low, p)``.
+    """
+    grads = store[f"{prefix}grads"]
+    exponents = store.get(f"{prefix}grads_exponent")
+
+    def read(low: int, high: int) -> Tensor:
+        rows = _as_tensor(grads[low:high])
+        if exponents is None:
+            return rows.to(device).float()
+        return decode_half(rows, _as_tensor(exponents[low:high])[:, 0]).to(device)
+
+    return read
+
+
+def read_array(array: Any, device: torch.device) -> RowReader:
+    """Make a reader of the rows of any array, as float32."""
+
+    def read(low: int, high: int) -> Tensor:
+        return _as_tensor(array[low:high]).to(device).float()
+
+    return read
+
+
+def _as_tensor(array: Any) -> Tensor:
+    if isinstance(array, Tensor):
+        return array
+    # A copy, so that no tensor ever aliases a file.
+    return torch.from_numpy(np.array(array))

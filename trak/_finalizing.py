@@ -1,0 +1,151 @@
+"""From rows of the store to kernels, features and reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from trak._featurizing import Store, read_rows
+from trak._layout import SKIPPED
+from trak._linalg import TILE, Kernel, spans
+from trak.errors import TaskError
+from trak.score_computers import BasicScoreComputer
+
+SATURATED = 1e-6
+"""Out-to-loss weight below which an example has next to no say in any score."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureReport:
+    """What finalizing a checkpoint's features found."""
+
+    examples: int
+    """Number of training examples, ``n``."""
+
+    proj_dim: int
+    """Projected entries, ``p``."""
+
+    solve: str
+    """``"primal"`` (``p`` by ``p``) or ``"dual"`` (``n`` by ``n``)."""
+
+    ridge: float
+    """What was added to the kernel's diagonal, in its own units."""
+
+    condition: float
+    """Condition number of the damped kernel, estimated."""
+
+    zero_rows: int
+    """Examples whose projected gradient is zero; they score zero on every target."""
+
+    skipped_rows: int
+    """Examples left out for want of finite gradients; they score zero as well."""
+
+    saturated: float
+    """Share of examples with an out-to-loss weight below 1e-6."""
+
+    dtype: str
+    """Type that the rows are stored in."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Turn it into what a JSON record can hold."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        return (
+            f"n={self.examples}, p={self.proj_dim}, {self.dtype} rows, {self.solve} "
+            f"solve; ridge {self.ridge:.3g}, condition number {self.condition:.2g}; "
+            f"{self.zero_rows} zero rows, {self.skipped_rows} skipped, "
+            f"{100 * self.saturated:.1f} % saturated"
+        )
+
+
+def fit(
+    computer: BasicScoreComputer, store: Store, n: int, p: int
+) -> tuple[Float64[Tensor, "q q"], Kernel]:
+    """Compute, or read, a checkpoint's Gram matrix, and factor it.
+
+    Args:
+        computer: What computes.
+        store: The checkpoint's arrays.
+        n: Number of training examples.
+        p: Projected entries.
+
+    Returns:
+        The Gram matrix and the damped kernel.
+    """
+    if "gram" in store:
+        gram = torch.from_numpy(np.array(store["gram"])).to(computer.device)
+    else:
+        gram = computer.gram(read_rows(store, "", computer.device), n, p)
+    return gram, computer.kernel(gram, n, p)
+
+
+def report(store: Store, kernel: Kernel, n: int, p: int) -> FeatureReport:
+    """Look over a checkpoint's rows once, for what a user should know about them.
+
+    Returns:
+        The report.
+
+    Raises:
+        TaskError: If every out-to-loss weight is zero, so every score would be.
+    """
+    read = read_rows(store, "", torch.device("cpu"))
+    zero = sum(
+        int((read(low, high) == 0).all(dim=1).sum())
+        for low, high in spans(n, max(1, TILE // p))
+    )
+    weights = np.abs(np.asarray(store["out_to_loss"], dtype=np.float64))
+    if not weights.any():
+        raise TaskError(
+            f"The out-to-loss gradient of all {n} training examples is exactly zero, so "
+            f"every score would be. Is the model fitted to the last bit, or the task's "
+            f"get_out_to_loss_grad wrong?"
+        )
+    flags = store.get("is_featurized")
+    skipped = 0 if flags is None else int((np.asarray(flags) == SKIPPED).sum())
+    return FeatureReport(
+        examples=n,
+        proj_dim=p,
+        solve="primal" if n > p else "dual",
+        ridge=kernel.ridge,
+        condition=kernel.condition,
+        zero_rows=zero - skipped,
+        skipped_rows=skipped,
+        saturated=float((weights < SATURATED).mean()),
+        dtype=str(store["grads"].dtype),
+    )
+
+
+def read_report(record: Mapping[str, Any]) -> FeatureReport | None:
+    """Read the report out of a checkpoint's record, where it has one."""
+    found = record.get("report")
+    return None if found is None else FeatureReport(**found)
+
+
+def write_features(
+    kernel: Kernel, store: Store, array: Any, n: int, p: int, device: torch.device
+) -> None:
+    r"""Write :math:`\Phi = X (X^\top X + \lambda I)^{-1}` block by block.
+
+    Args:
+        kernel: The damped Gram matrix, the smaller of the two.
+        store: The checkpoint's arrays.
+        array: Changed in place. Shape ``(n, p)``.
+        n: Number of training examples.
+        p: Projected entries.
+        device: Where to compute.
+    """
+    read = read_rows(store, "", device)
+    if n > p:
+        for low, high in spans(n, max(1, TILE // p)):
+            array[low:high] = kernel.solve(read(low, high).T).T.float().cpu().numpy()
+        return
+    rows = read(0, n)  # (XX' + λI)⁻¹ X needs all rows for each column
+    for low, high in spans(p, max(1, TILE // n)):
+        array[:, low:high] = kernel.solve(rows[:, low:high]).float().cpu().numpy()

@@ -1,0 +1,158 @@
+"""Building the five pluggable parts from what the user gave: class, instance or None."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from trak._options import Options
+from trak._types import GradWrt
+from trak.errors import OptionError
+from trak.gradient_computers import AbstractGradientComputer
+from trak.modelout_functions import AbstractModelOutput
+from trak.projectors import (
+    AbstractProjector,
+    CudaProjector,
+    NoOpProjector,
+    SparseProjector,
+    default_projector,
+)
+from trak.savers import AbstractSaver, MmapSaver
+from trak.score_computers import AbstractScoreComputer, BasicScoreComputer
+
+
+def build_gradient_computer(
+    given: Any,
+    model: torch.nn.Module,
+    task: AbstractModelOutput,
+    options: Options,
+    grad_wrt: GradWrt | None,
+) -> AbstractGradientComputer:
+    """Build the gradient computer from its class, or take the instance.
+
+    Returns:
+        The gradient computer.
+    """
+    chosen = None if grad_wrt is None else list(options.selection.names)
+    built = _build(
+        "gradient_computer",
+        given,
+        AbstractGradientComputer,
+        model=model,
+        task=task,
+        grad_dim=options.selection.grad_dim,
+        dtype=torch.float32,
+        device=options.device,
+        grad_wrt=chosen,
+    )
+    result: AbstractGradientComputer = built
+    return result
+
+
+def build_projector(given: Any, options: Options) -> AbstractProjector:
+    """Build the projector from its class, take the instance, or make the default.
+
+    Returns:
+        The projector.
+    """
+    grad_dim = options.selection.grad_dim
+    if given is None:
+        return default_projector(
+            grad_dim, options.proj_dim, options.projector_seed, options.device
+        )
+    kind = given if isinstance(given, type) else object
+    common = {
+        "grad_dim": grad_dim,
+        "proj_dim": 0 if issubclass(kind, NoOpProjector) else options.proj_dim,
+        "seed": options.projector_seed,
+        "proj_type": "sparse" if issubclass(kind, SparseProjector) else "rademacher",
+        "device": options.device,
+    }
+    if issubclass(kind, CudaProjector):
+        common["max_batch_size"] = options.proj_max_batch_size
+    built = _build("projector", given, AbstractProjector, **common)
+    result: AbstractProjector = built
+    return result
+
+
+def build_score_computer(
+    given: Any, options: Options, logging_level: int
+) -> AbstractScoreComputer:
+    """Build the score computer from its class, take the instance, or make the default.
+
+    Returns:
+        The score computer.
+    """
+    built = _build(
+        "score_computer",
+        BasicScoreComputer if given is None else given,
+        AbstractScoreComputer,
+        dtype=torch.float32,
+        device=options.device,
+        logging_level=logging_level,
+        lambda_reg=options.damping.lambda_reg,
+    )
+    result: AbstractScoreComputer = built
+    return result
+
+
+def build_saver(
+    given: Any,
+    options: Options,
+    metadata: dict[str, Any],
+    proj_dim: int,
+    logging_level: int,
+) -> AbstractSaver:
+    """Build the saver from its class, take the instance, or make the default.
+
+    Returns:
+        The saver.
+    """
+    built = _build(
+        "saver",
+        MmapSaver if given is None else given,
+        AbstractSaver,
+        save_dir=options.save_dir,
+        metadata=metadata,
+        train_set_size=options.train_set_size,
+        proj_dim=proj_dim,
+        load_from_save_dir=options.load_from_save_dir,
+        logging_level=logging_level,
+        use_half_precision=options.use_half_precision,
+    )
+    result: AbstractSaver = built
+    return result
+
+
+def _build(name: str, given: Any, interface: type, **arguments: Any) -> Any:
+    if not isinstance(given, type):
+        missing = [
+            method
+            for method in getattr(interface, "__abstractmethods__", ())
+            if not callable(getattr(given, method, None))
+        ]
+        if missing:
+            raise OptionError(
+                f"{name} must be a subclass of {interface.__name__} or an instance of "
+                f"one; got {given!r}, which has no {', '.join(sorted(missing))}."
+            )
+        return given
+    try:
+        return given(**arguments)
+    except TypeError as error:
+        raise OptionError(
+            f"{name}={given.__name__} cannot be built with the arguments "
+            f"{', '.join(arguments)}: {error}. Accept them, or pass an instance."
+        ) from error
+
+
+def describe_projector(projector: AbstractProjector) -> str:
+    """Identify the numbers a projector makes, for the store's manifest."""
+    own = getattr(projector, "describe", None)
+    return str(own()) if own else type(projector).__qualname__
+
+
+def has_batched_form(task: AbstractModelOutput) -> bool:
+    """Tell whether a task defines the optional batched form of its output."""
+    return type(task).get_outputs is not AbstractModelOutput.get_outputs

@@ -1,0 +1,32 @@
+"""Tasks: what of a model is differentiated, and how strongly training pulled on it."""
+
+from __future__ import annotations
+
+from trak.modelout_functions._abstract import AbstractModelOutput
+from trak.modelout_functions._classification import (
+    ImageClassificationModelOutput,
+    IterativeImageClassificationModelOutput,
+    TextClassificationModelOutput,
+)
+from trak.modelout_functions._clip import CLIPModelOutput
+from trak.modelout_functions._function import FunctionTask
+from trak.modelout_functions._registry import TASK_TO_MODELOUT, resolve_task
+from trak.modelout_functions._scalar import (
+    BinaryClassificationModelOutput,
+    MultilabelModelOutput,
+    RegressionModelOutput,
+)
+
+__all__ = [
+    "TASK_TO_MODELOUT",
+    "AbstractModelOutput",
+    "BinaryClassificationModelOutput",
+    "CLIPModelOutput",
+    "FunctionTask",
+    "ImageClassificationModelOutput",
+    "IterativeImageClassificationModelOutput",
+    "MultilabelModelOutput",
+    "RegressionModelOutput",
+    "TextClassificationModelOutput",
+    "resolve_task",
+]

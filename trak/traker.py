@@ -1,0 +1,626 @@
+"""TRAKer: the order of operations, cursors and progress. No arithmetic, no file names."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+from tqdm import tqdm
+
+from trak import _featurizing as featurizing
+from trak import _finalizing as finalizing
+from trak._batches import batch_size, canonical, check_device, row_digests
+from trak._checkpoints import check_mode, load_weights
+from trak._finalizing import FeatureReport
+from trak._layout import check_exp_name
+from trak._options import (
+    NonFinitePolicy,
+    parse_model_ids,
+    parse_options,
+    parse_rows,
+    parse_scoring_call,
+    positive,
+)
+from trak._scoring import Scoring, TopScores, require_finalized
+from trak._seams import (
+    build_gradient_computer,
+    build_projector,
+    build_saver,
+    build_score_computer,
+    describe_projector,
+    has_batched_form,
+)
+from trak._types import Batch, GradWrt
+from trak.errors import (
+    ExperimentError,
+    ModelIDException,
+    OptionError,
+    OrderError,
+    StoreMismatchError,
+    TrakWarning,
+)
+from trak.gradient_computers import (
+    AbstractGradientComputer,
+    FunctionalGradientComputer,
+)
+from trak.modelout_functions import AbstractModelOutput, resolve_task
+from trak.projectors import AbstractProjector
+from trak.savers import AbstractSaver, MmapSaver
+from trak.score_computers import AbstractScoreComputer
+
+DEFAULT_EXPERIMENT = "default"
+
+
+class TRAKer:
+    """Attributes a model's outputs to its training examples.
+
+    The TRAK method (Park et al., 2023; https://arxiv.org/abs/2303.14186), in two loops
+    over checkpoints: featurize the training set, then score the targets.
+
+    Args:
+        model: The model; checkpoints are loaded into it, and it is left in evaluation
+            mode.
+        task: What is attributed: a name in
+            :data:`trak.modelout_functions.TASK_TO_MODELOUT`, a task's class or instance.
+        train_set_size: Number of training examples, ``n``.
+        save_dir: Directory of the store; work that is there is gone on with.
+        load_from_save_dir: Whether checkpoints that are already there take part in
+            calls that name none.
+        device: Where the model is; None to look. The model is never moved.
+        gradient_computer: Class, or instance, that computes per-sample gradients.
+        projector: Instance, or class, that projects them; None for the sparse
+            projection.
+        saver: Class, or instance, that keeps intermediate results; None for files.
+        score_computer: Class, or instance, that computes scores; None for the blocked
+            exact estimator.
+        proj_dim: Projected entries, ``p``, where ``projector`` is not an instance.
+        logging_level: Level of the loggers; above ``INFO`` there are no progress bars.
+        use_half_precision: Whether rows are stored in float16, which rounds them by one
+            part in 2000; every sum and solve is wider.
+        proj_max_batch_size: Largest batch of a ``CudaProjector`` given as a class.
+        projector_seed: Seed of the projection.
+        grad_wrt: Names or globs of the parameters to differentiate, or a predicate on
+            (name, parameter); None for all that require gradients.
+        lambda_reg: Damping. ``"auto"`` adds one mean eigenvalue to the kernel's
+            diagonal; a number adds that; ``"pinv"`` takes the undamped limit.
+        on_non_finite: ``"raise"``, or ``"skip"`` to leave out training examples with
+            NaN or infinite gradients; targets with them always raise.
+
+    Raises:
+        OptionError: If an argument cannot work.
+        StoreError: If ``save_dir`` cannot be used, or holds other work.
+
+    Attributes:
+        normalize_factor: What projected gradients are divided by, ``sqrt(d)``.
+        scores: What :meth:`finalize_scores` returned last.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        task: AbstractModelOutput | type[AbstractModelOutput] | str,
+        train_set_size: int,
+        save_dir: str | Path = "./trak_results",
+        load_from_save_dir: bool = True,  # noqa: FBT001  0.3.2's signature
+        device: str | torch.device | None = None,
+        gradient_computer: Any = FunctionalGradientComputer,
+        projector: Any = None,
+        saver: Any = None,
+        score_computer: Any = None,
+        proj_dim: int = 2048,
+        logging_level: int = logging.INFO,
+        use_half_precision: bool = True,  # noqa: FBT001  0.3.2's signature
+        proj_max_batch_size: int = 32,
+        projector_seed: int = 0,
+        grad_wrt: GradWrt | None = None,
+        lambda_reg: float | str = "auto",
+        *,
+        on_non_finite: str = "raise",
+    ) -> None:
+        options = parse_options(
+            model,
+            train_set_size=train_set_size,
+            save_dir=save_dir,
+            load_from_save_dir=load_from_save_dir,
+            device=device,
+            proj_dim=proj_dim,
+            use_half_precision=use_half_precision,
+            proj_max_batch_size=proj_max_batch_size,
+            projector_seed=projector_seed,
+            grad_wrt=grad_wrt,
+            lambda_reg=lambda_reg,
+            on_non_finite=on_non_finite,
+        )
+        self.logger = logging.getLogger("TRAK")
+        self.logger.setLevel(logging_level)
+        self.options = options
+        self.model = model
+        self.task = resolve_task(task)
+        self.train_set_size = options.train_set_size
+        self.save_dir = options.save_dir
+        self.load_from_save_dir = load_from_save_dir
+        self.device = options.device
+        self.dtype = torch.float16 if use_half_precision else torch.float32
+        self.grad_wrt = grad_wrt
+        self.lambda_reg = lambda_reg
+        self.num_params = sum(value.numel() for value in model.parameters())
+        self.num_params_for_grad = options.selection.grad_dim
+        self.proj_seed = options.projector_seed
+        self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
+        self._projector = build_projector(projector, options)
+        self.proj_dim = self._projector.proj_dim or self.num_params_for_grad
+        self.gradient_computer: AbstractGradientComputer = build_gradient_computer(
+            gradient_computer, model, self.task, options, grad_wrt
+        )
+        self.score_computer: AbstractScoreComputer = build_score_computer(
+            score_computer, options, logging_level
+        )
+        self.saver: AbstractSaver = build_saver(
+            saver, options, self._metadata(), self.proj_dim, logging_level
+        )
+        self._scoring = Scoring(
+            self.saver,
+            self.score_computer,
+            self.device,
+            self.train_set_size,
+            self.proj_dim,
+            quiet=logging_level > logging.INFO,
+        )
+        if isinstance(self.saver, MmapSaver):
+            self.saver.make_features = self._scoring.make_features
+        self.scores: np.ndarray | None = None
+        self._current: _Current | None = None
+        self._other: dict[str, Any] | None = None
+        self._cursors: dict[tuple[int, str | None], int] = {}
+        self._last_experiment: str | None = None
+
+    def _metadata(self) -> dict[str, Any]:
+        """List what every checkpoint of a store must agree in."""
+        law = self._projector.proj_type
+        return {
+            "JL dimension": self.proj_dim,
+            "JL matrix type": str(getattr(law, "value", law)),
+            "train set size": self.train_set_size,
+            "projection": describe_projector(self._projector),
+            "task": self.task.describe(),
+            "parameters": self.options.selection.fingerprint(),
+            "gradient entries": self.num_params_for_grad,
+        }
+
+    @property
+    def projector(self) -> AbstractProjector:
+        """The projector; another may be set if it makes the same numbers."""
+        return self._projector
+
+    @projector.setter
+    def projector(self, projector: AbstractProjector) -> None:
+        ours, other = map(describe_projector, (self._projector, projector))
+        if other != ours:
+            raise StoreMismatchError(
+                f"the store's rows are projected by {ours}; rows by {other} do not mix "
+                f"with them. Make a TRAKer with projector=... and another save_dir."
+            )
+        self._projector = projector
+
+    @property
+    def reports(self) -> dict[int, FeatureReport]:
+        """What finalizing found about each checkpoint, by model id."""
+        found = {
+            model_id: finalizing.read_report(record)
+            for model_id, record in self.saver.model_ids.items()
+        }
+        return {model_id: report for model_id, report in found.items() if report}
+
+    # -- featurizing ------------------------------------------------------------------
+
+    def load_checkpoint(
+        self,
+        checkpoint: Mapping[str, Tensor],
+        model_id: int | None = None,
+        _allow_featurizing_already_registered: bool = False,  # noqa: FBT001  0.3.2's
+    ) -> None:
+        """Load a checkpoint into the model, to featurize the training set with it.
+
+        Args:
+            checkpoint: Its state dict.
+            model_id: Its id in the store; None for the id that these weights have, or
+                the next free one.
+            _allow_featurizing_already_registered: Accepted for 0.3.2; a checkpoint that
+                is partly featurized is always gone on with.
+
+        Raises:
+            CheckpointError: If it does not fit the model.
+            NonFiniteError: If it has a NaN or an infinity.
+            ModelIDException: If the id belongs to other weights.
+        """
+        self._current = None
+        weights = load_weights(self.model, checkpoint)
+        known = self.saver.model_ids
+        if model_id is None:
+            same = [i for i, r in known.items() if r.get("weights") == weights]
+            model_id = min(same, default=max(known, default=-1) + 1)
+        model_id = int(model_id)
+        if model_id in known:
+            self._check_weights(model_id, weights)
+            self.saver.load_current_store(model_id)
+        else:
+            self.saver.register_model_id(
+                model_id, _allow_featurizing_already_registered
+            )
+            self._check_weights(model_id, weights)
+            self.saver.model_ids[model_id]["weights"] = weights
+            self.saver.serialize_current_model_id_metadata()
+        self.gradient_computer.load_model_params(self.model)
+        self._cursors[model_id, None] = 0
+        self._current = _Current(model_id, None, self.train_set_size)
+        self._other = self._other_data(model_id)
+
+    def _check_weights(self, model_id: int, weights: str) -> None:
+        stored = self.saver.model_ids[model_id].get("weights", weights)
+        if stored != weights:
+            raise ModelIDException(
+                f"model id {model_id} belongs to other weights (fingerprint {stored}; "
+                f"this checkpoint's is {weights}). Use another model_id, or another "
+                f"save_dir."
+            )
+
+    def _other_data(self, model_id: int) -> dict[str, Any] | None:
+        """Map another checkpoint's row digests, to notice a loader that changes."""
+        others = [i for i in self.saver.model_ids if i != model_id]
+        if not others or not isinstance(self.saver, MmapSaver):
+            return None
+        return self.saver.open_digests(min(others))
+
+    def featurize(
+        self,
+        batch: Batch,
+        inds: Iterable[int] | Tensor | np.ndarray | None = None,
+        num_samples: int | None = None,
+    ) -> None:
+        r"""Compute and store the features of a batch of training examples.
+
+        A row is :math:`P^\top \nabla_\theta f(z; \theta) / \sqrt{d}` (Park et al., 2023,
+        Section 3.2). Rows that are stored already are not computed again.
+
+        Args:
+            batch: Tensors in any nesting of tuples, lists and mappings, with one row
+                for each example; on the model's device.
+            inds: The examples' indices in the training set, in any order; None for the
+                next ones in order. Shape ``(b,)``.
+            num_samples: Their number; it is inferred, and checked if given.
+
+        Raises:
+            OrderError: If no checkpoint is loaded.
+            BatchError: If the batch does not fit ``inds`` or the training set.
+            NonFiniteError: If a gradient is not finite and ``on_non_finite="raise"``.
+            StaleRowError: If a stored row came from another example.
+        """
+        current = self._current
+        if current is None or current.exp_name is not None:
+            raise OrderError(
+                "No checkpoint is loaded for featurizing; call load_checkpoint first."
+            )
+        self._process(current, batch, inds, num_samples)
+        flags = self.saver.current_store["is_featurized"]
+        if (flags[:] != 0).all() and not self.saver.model_ids[current.model_id].get(
+            "is_featurized"
+        ):
+            self.saver.serialize_current_model_id_metadata()
+
+    def _process(
+        self, current: _Current, batch: Batch, inds: Any, num_samples: Any
+    ) -> None:
+        """Store the rows of a batch, of training examples or of targets."""
+        exp_name = current.exp_name
+        batch = canonical(batch)
+        size = batch_size(batch)
+        cursor = self._cursors[current.model_id, exp_name]
+        what = "training example" if exp_name is None else "target"
+        rows = parse_rows(inds, num_samples, size, cursor, current.total, what)
+        check_device(batch, self.device)
+        check_mode(self.model)
+        digests = row_digests(batch)
+        if exp_name is None:
+            self._compare_with_other(rows, digests)
+        pipeline = featurizing.Pipeline(
+            self.gradient_computer,
+            self._projector,
+            self.options.selection,
+            current.model_id,
+            self.proj_dim,
+            float(self.normalize_factor),
+            what,
+            weighted=exp_name is None or has_batched_form(self.task),
+        )
+        skip = exp_name is None and self.options.non_finite is NonFinitePolicy.SKIP
+        store = self.saver.current_store
+        featurizing.store_batch(
+            pipeline, store, exp_name, batch, rows, digests, skip=skip
+        )
+        if inds is None:
+            self._cursors[current.model_id, exp_name] = cursor + size
+
+    def _compare_with_other(self, rows: np.ndarray, digests: np.ndarray) -> None:
+        index = featurizing.first_difference(self._other, rows, digests)
+        if index is not None:
+            self._other = None  # once for each checkpoint is enough
+            warnings.warn(
+                f"Training example {index} is not the one that another checkpoint was "
+                f"featurized with: does the loader shuffle or augment? Scores average "
+                f"over checkpoints, so every index must always be the same example. "
+                f"(Harmless if only padding differs.)",
+                TrakWarning,
+                stacklevel=4,
+            )
+
+    def finalize_features(
+        self,
+        model_ids: Iterable[int] | None = None,
+        del_grads: bool = False,  # noqa: FBT001
+    ) -> None:
+        """Compute what scoring needs of fully featurized checkpoints.
+
+        Checkpoints that are finalized already are left as they are, unless the damping
+        is another now.
+
+        Args:
+            model_ids: The checkpoints; None for all in the store.
+            del_grads: Whether to keep only the finished features: half the space, but
+                the damping is then fixed.
+
+        Raises:
+            ModelIDException: If one is unknown or not fully featurized.
+            SingularKernelError: If a kernel cannot be inverted with this damping.
+        """
+        self._projector.free_memory()
+        ids = parse_model_ids(model_ids, self.saver.model_ids)
+        if not ids:
+            raise ModelIDException(
+                "There is no checkpoint to finalize; load_checkpoint and featurize first."
+            )
+        for model_id in ids:
+            self._require_featurized(model_id)
+        self._current = None
+        for model_id in tqdm(
+            ids, desc="Finalizing features", disable=self._scoring.quiet
+        ):
+            record = self.saver.model_ids[model_id]
+            if record.get("is_finalized") and self._scoring.is_current(model_id):
+                self.logger.info("model id %d is finalized already", model_id)
+                if del_grads and not record.get("grads_deleted"):
+                    self._scoring.finalize(model_id, del_grads=True)
+                continue
+            self._scoring.finalize(model_id, del_grads=del_grads)
+
+    def _require_featurized(self, model_id: int) -> None:
+        if model_id not in self.saver.model_ids:
+            raise ModelIDException(
+                f"model id {model_id} is not in the store, which has "
+                f"{sorted(self.saver.model_ids)}."
+            )
+        self.saver.load_current_store(model_id)
+        done = int(
+            np.count_nonzero(np.asarray(self.saver.current_store["is_featurized"]))
+        )
+        if done < self.train_set_size:
+            raise ModelIDException(
+                f"model id {model_id} is featurized for {done} of {self.train_set_size} "
+                f"examples; featurize the rest before finalize_features."
+            )
+
+    # -- scoring ----------------------------------------------------------------------
+
+    @overload
+    def start_scoring_checkpoint(
+        self,
+        exp_name: str,
+        checkpoint: Mapping[str, Tensor],
+        model_id: int,
+        num_targets: int,
+    ) -> None: ...
+
+    @overload
+    def start_scoring_checkpoint(
+        self,
+        checkpoint: Mapping[str, Tensor],
+        model_id: int | None = None,
+        *,
+        exp_name: str | None = None,
+        num_targets: int,
+    ) -> None: ...
+
+    def start_scoring_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """Load a checkpoint into the model, to score targets with it.
+
+        Called as ``(exp_name, checkpoint, model_id, num_targets)``, by position or name,
+        or with the checkpoint first and the rest by name.
+
+        Args:
+            *args: As above.
+            **kwargs: ``exp_name``: the experiment's name, one for each set of targets
+                (``"default"``). ``checkpoint``: the state dict. ``model_id``: its id; if
+                it is left out, the id that these weights have. ``num_targets``: number
+                of targets, ``m``.
+
+        Raises:
+            OptionError: If an argument is missing, unknown or given twice.
+            CheckpointError: If the checkpoint does not fit the model.
+            ModelIDException: If it is not finalized, or the id has other weights.
+            ExperimentError: If the name cannot be one, or has another ``num_targets``.
+        """
+        call = parse_scoring_call(args, kwargs)
+        exp_name = check_exp_name(
+            DEFAULT_EXPERIMENT if call.exp_name is None else call.exp_name
+        )
+        self._current = None
+        weights = load_weights(self.model, call.checkpoint)
+        model_id = call.model_id
+        if model_id is None:
+            known = self.saver.model_ids.items()
+            same = [i for i, record in known if record.get("weights") == weights]
+            if not same:
+                raise ModelIDException(
+                    f"no checkpoint in the store has these weights (fingerprint "
+                    f"{weights}); load_checkpoint and featurize them first."
+                )
+            model_id = min(same)
+        require_finalized(self.saver, model_id)
+        self._check_weights(model_id, weights)
+        self.saver.init_experiment(exp_name, call.num_targets, model_id)
+        self.gradient_computer.load_model_params(self.model)
+        self._cursors[model_id, exp_name] = 0
+        self._last_experiment = exp_name
+        self._current = _Current(model_id, exp_name, call.num_targets)
+
+    def score(
+        self,
+        batch: Batch,
+        inds: Iterable[int] | Tensor | np.ndarray | None = None,
+        num_samples: int | None = None,
+    ) -> None:
+        """Compute and store the projected gradients of a batch of targets.
+
+        Args:
+            batch: As in :meth:`featurize`.
+            inds: The targets' indices, in any order; None for the next ones in order.
+                Shape ``(b,)``.
+            num_samples: Their number; it is inferred, and checked if given.
+
+        Raises:
+            OrderError: If no checkpoint is loaded for scoring.
+            BatchError: If the batch does not fit ``inds`` or the number of targets.
+            NonFiniteError: If a gradient is not finite.
+            StaleRowError: If a stored row came from another target.
+        """
+        current = self._current
+        if current is None or current.exp_name is None:
+            raise OrderError(
+                "No checkpoint is loaded for scoring; call start_scoring_checkpoint first."
+            )
+        self._process(current, batch, inds, num_samples)
+
+    def finalize_scores(
+        self,
+        exp_name: str | None = None,
+        model_ids: Iterable[int] | None = None,
+        allow_skip: bool = False,  # noqa: FBT001  0.3.2's signature
+    ) -> Float32[np.ndarray, "n m"]:
+        r"""Compute the scores of an experiment, averaged over checkpoints.
+
+        Entry ``(i, j)`` estimates how much training example ``i`` raises the model
+        output of target ``j``: positive is helpful, negative is harmful.
+
+        Args:
+            exp_name: The experiment; None for the one that was started last, or the
+                only one.
+            model_ids: The checkpoints; None for all in the store.
+            allow_skip: Whether checkpoints without features or targets are left out
+                with a log message.
+
+        Returns:
+            The scores, mapped into memory from the store's file; changes stay in
+            memory. Shape ``(n, m)``.
+
+        Raises:
+            ExperimentError: If there is no such experiment, or targets are missing.
+            ModelIDException: If a checkpoint is not finalized.
+            NonFiniteError: If a score is not finite.
+        """
+        exp_name, ids = self._select(exp_name, model_ids, allow_skip=allow_skip)
+        self.scores = self._scoring.write_scores(exp_name, ids)
+        return self.scores
+
+    def top_k(
+        self,
+        exp_name: str | None = None,
+        k: int = 10,
+        *,
+        largest: bool = True,
+        model_ids: Iterable[int] | None = None,
+        allow_skip: bool = False,
+    ) -> TopScores:
+        """Find every target's most helpful, or most harmful, training examples.
+
+        Memory is that of a tile and the result; the ``(n, m)`` matrix is never made.
+
+        Args:
+            exp_name: As in :meth:`finalize_scores`.
+            k: How many, at most ``n``.
+            largest: Whether the most helpful; else the most harmful.
+            model_ids: As in :meth:`finalize_scores`.
+            allow_skip: As in :meth:`finalize_scores`.
+
+        Returns:
+            ``scores`` and ``indices``, best first. Shapes ``(m, k)``.
+
+        Raises:
+            OptionError: If ``k`` is not between 1 and ``n``.
+        """
+        if positive("k", k) > self.train_set_size:
+            raise OptionError(
+                f"k={k}, but there are only {self.train_set_size} training examples."
+            )
+        exp_name, ids = self._select(exp_name, model_ids, allow_skip=allow_skip)
+        return self._scoring.top_k(exp_name, ids, int(k), largest=largest)
+
+    def self_influence(
+        self, model_ids: Iterable[int] | None = None
+    ) -> Float32[np.ndarray, " n"]:
+        """Compute each training example's score on itself, in ``O(n)`` memory.
+
+        Large values mark examples that the model could not predict without having seen
+        them: atypical, or mislabelled.
+
+        Args:
+            model_ids: The checkpoints; None for all in the store.
+
+        Returns:
+            The diagonal of the scores of the training set on itself. Shape ``(n,)``.
+
+        Raises:
+            ModelIDException: If there is no checkpoint, or one is not finalized.
+        """
+        ids = parse_model_ids(model_ids, self.saver.model_ids)
+        if not ids:
+            raise ModelIDException("There is no checkpoint; featurize one first.")
+        self._current = None
+        return self._scoring.self_influence(ids)
+
+    def _select(
+        self, exp_name: str | None, model_ids: Iterable[int] | None, *, allow_skip: bool
+    ) -> tuple[str, list[int]]:
+        experiments = self.saver.experiments
+        if exp_name is None:
+            only = next(iter(experiments)) if len(experiments) == 1 else None
+            exp_name = self._last_experiment or only
+        if exp_name not in experiments or exp_name is None:
+            raise ExperimentError(
+                f"There is no experiment {exp_name!r}; the store has "
+                f"{sorted(experiments)}. Score targets before finalize_scores."
+            )
+        self._current = None
+        ids = parse_model_ids(model_ids, self.saver.model_ids)
+        return exp_name, self._scoring.usable(exp_name, ids, allow_skip=allow_skip)
+
+
+@dataclass(frozen=True, slots=True)
+class _Current:
+    """What the next batch belongs to."""
+
+    model_id: int
+    """The checkpoint that is loaded."""
+
+    exp_name: str | None
+    """The experiment; None while featurizing."""
+
+    total: int
+    """Number of rows there are: ``n``, or the experiment's ``m``."""
