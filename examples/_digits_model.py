@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 BATCH_SIZE, LEARNING_RATE, MOMENTUM, WEIGHT_DECAY = 64, 0.1, 0.9, 1e-3
@@ -56,7 +56,7 @@ def train(
     epochs: int = 20,
     name: str = "train",
 ) -> list[dict[str, Tensor]]:
-    """Train one model a subset, and return their weights.
+    """Train one model a subset.
 
     Args:
         data: Training images and labels.
@@ -64,6 +64,9 @@ def train(
         seeds: One a model, for its initial weights and the order of its batches.
         epochs: Passes over the subset.
         name: What the progress bar calls it.
+
+    Returns:
+        The weights of each model, by parameter name.
     """
     jobs = list(zip(subsets, seeds, strict=True))
     steps = epochs * (len(subsets[0]) // BATCH_SIZE)
@@ -91,7 +94,7 @@ def _train_side_by_side(
     skeleton = make_model()
 
     def loss(w: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(functional_call(skeleton, w, (x,)), y)
+        return cross_entropy(functional_call(skeleton, w, (x,)), y)
 
     gradients = vmap(grad(loss))
     size = subsets.shape[1]
@@ -119,7 +122,9 @@ def _triangle(progress: float, peak: float = 0.2) -> float:
 
 
 @torch.no_grad()
-def margins(weights: Sequence[dict[str, Tensor]], data: tuple[Tensor, Tensor]) -> Tensor:
+def margins(
+    weights: Sequence[dict[str, Tensor]], data: tuple[Tensor, Tensor]
+) -> Tensor:
     """Return log p/(1-p) of the correct class, (models, k): what scores attribute."""
     images, labels = data
     skeleton = make_model()

@@ -97,7 +97,7 @@ def lds(
         >>> outputs = np.array([[0.3, 0.3], [0.5, 0.5], [0.6, 0.6], [0.4, 0.4]])
         >>> lds(scores, masks, outputs).per_target
         array([ 1., -1.])
-    """  # noqa: DOC502  the checks below raise them
+    """
     score_array, mask_array = _to_numpy(scores), _to_numpy(masks)
     output_array = _with_repeats(_to_numpy(outputs))
     _check_shapes(score_array, mask_array, output_array)
