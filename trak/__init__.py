@@ -5,5 +5,6 @@
 
 from trak._version import __version__
 from trak.traker import TRAKer
+from trak.utils import test_install
 
-__all__ = ["TRAKer", "__version__"]
+__all__ = ["TRAKer", "__version__", "test_install"]

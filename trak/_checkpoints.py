@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from trak._params import fingerprint, first_non_finite
-from trak.errors import CheckpointError, ModelModeError, NonFiniteError
+from trak.errors import (
+    CheckpointError,
+    ModelIDException,
+    ModelModeError,
+    NonFiniteError,
+)
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> str:
@@ -96,3 +102,24 @@ def check_mode(model: torch.nn.Module) -> None:
                 f"an example's gradient depends on its batch or on chance. Call "
                 f"model.eval(); load_checkpoint did, and something switched it back."
             )
+
+
+def ids_of_weights(records: Mapping[int, Mapping[str, Any]], weights: str) -> list[int]:
+    """List the model ids whose checkpoints have this fingerprint."""
+    return [i for i, record in records.items() if record.get("weights") == weights]
+
+
+def check_weights(
+    records: Mapping[int, Mapping[str, Any]], model_id: int, weights: str
+) -> None:
+    """Refuse new weights under a known model id.
+
+    Raises:
+        ModelIDException: If the id's record has another fingerprint.
+    """
+    stored = records[model_id].get("weights", weights)
+    if stored != weights:
+        raise ModelIDException(
+            f"model id {model_id} belongs to other weights (fingerprint {stored}; this "
+            f"checkpoint's is {weights}). Use another model_id, or another save_dir."
+        )

@@ -122,10 +122,15 @@ def report(store: Store, kernel: Kernel, n: int, p: int) -> FeatureReport:
     )
 
 
-def read_report(record: Mapping[str, Any]) -> FeatureReport | None:
-    """Read the report out of a checkpoint's record, where it has one."""
-    found = record.get("report")
-    return None if found is None else FeatureReport(**found)
+def read_reports(
+    records: Mapping[int, Mapping[str, Any]],
+) -> dict[int, FeatureReport]:
+    """Read the reports out of checkpoints' records, where they have one."""
+    return {
+        model_id: FeatureReport(**record["report"])
+        for model_id, record in records.items()
+        if record.get("report") is not None
+    }
 
 
 def write_features(

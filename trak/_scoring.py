@@ -64,6 +64,38 @@ class Scoring:
 
     # -- features ---------------------------------------------------------------------
 
+    def finalize_all(self, model_ids: Sequence[int], *, del_grads: bool) -> None:
+        """Finalize checkpoints that are not, or not with this score computer.
+
+        Args:
+            model_ids: The checkpoints.
+            del_grads: Whether to keep only their features.
+
+        Raises:
+            ModelIDException: If there are none, or one lacks rows.
+        """
+        if not model_ids:
+            raise ModelIDException(
+                "There is no checkpoint to finalize; load_checkpoint and featurize first."
+            )
+        for model_id in model_ids:
+            require_featurized(self.saver, model_id)
+        for model_id in tqdm(model_ids, desc="Finalizing features", disable=self.quiet):
+            record = self.saver.model_ids[model_id]
+            deleted = bool(record.get("grads_deleted"))
+            if not (record.get("is_finalized") and self.is_current(model_id)):
+                if deleted:
+                    raise ModelIDException(
+                        f"model id {model_id} was finalized with "
+                        f"{record.get('finalized_with')} and its gradients were deleted, "
+                        f"so it cannot be finalized otherwise; featurize it again."
+                    )
+                self.finalize(model_id, del_grads=del_grads)
+            elif del_grads and not deleted:
+                self.finalize(model_id, del_grads=True)
+            else:
+                logger.info("model id %d is finalized already", model_id)
+
     def finalize(self, model_id: int, *, del_grads: bool) -> None:
         """Compute what scoring needs of a checkpoint, and mark it finalized.
 
@@ -311,8 +343,11 @@ class Scoring:
             The scores. Shape ``(n,)``.
 
         Raises:
+            ModelIDException: If there are none, or one is not finalized.
             SingularKernelError: If the score computer is not the blocked one.
         """
+        if not model_ids:
+            raise ModelIDException("There is no checkpoint; featurize one first.")
         blocked = as_blocked(self.computer)
         if blocked is None:
             raise SingularKernelError(
@@ -345,4 +380,25 @@ def require_finalized(saver: AbstractSaver, model_id: int) -> None:
     if not saver.model_ids[model_id].get("is_finalized"):
         raise ModelIDException(
             f"model id {model_id} is not finalized; call finalize_features() first."
+        )
+
+
+def require_featurized(saver: AbstractSaver, model_id: int) -> None:
+    """Refuse a checkpoint that is unknown or lacks rows.
+
+    Raises:
+        ModelIDException: If it does.
+    """
+    if model_id not in saver.model_ids:
+        raise ModelIDException(
+            f"model id {model_id} is not in the store, which has "
+            f"{sorted(saver.model_ids)}."
+        )
+    saver.load_current_store(model_id)
+    flags = np.asarray(saver.current_store["is_featurized"])
+    done = int((flags != PENDING).sum())
+    if done < flags.size:
+        raise ModelIDException(
+            f"model id {model_id} is featurized for {done} of {flags.size} examples; "
+            f"featurize the rest before finalize_features."
         )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,40 +12,20 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 from torch import Tensor
-from tqdm import tqdm
 
-from trak import _featurizing as featurizing
-from trak import _finalizing as finalizing
-from trak._batches import batch_size, canonical, check_device, row_digests
-from trak._checkpoints import check_mode, load_weights
-from trak._finalizing import FeatureReport
-from trak._layout import check_exp_name
-from trak._options import (
-    NonFinitePolicy,
-    parse_model_ids,
-    parse_options,
-    parse_rows,
-    parse_scoring_call,
-    positive,
-)
-from trak._scoring import Scoring, TopScores, require_finalized
+from trak._finalizing import FeatureReport, read_reports
+from trak._options import parse_model_ids, parse_options, parse_scoring_call, positive
+from trak._scoring import Scoring, TopScores
 from trak._seams import (
     build_gradient_computer,
     build_projector,
     build_saver,
     build_score_computer,
     describe_projector,
-    has_batched_form,
 )
+from trak._session import Session
 from trak._types import Batch, GradWrt
-from trak.errors import (
-    ExperimentError,
-    ModelIDException,
-    OptionError,
-    OrderError,
-    StoreMismatchError,
-    TrakWarning,
-)
+from trak.errors import OptionError, StoreMismatchError
 from trak.gradient_computers import (
     AbstractGradientComputer,
     FunctionalGradientComputer,
@@ -56,8 +34,6 @@ from trak.modelout_functions import AbstractModelOutput, resolve_task
 from trak.projectors import AbstractProjector
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import AbstractScoreComputer
-
-DEFAULT_EXPERIMENT = "default"
 
 
 class TRAKer:
@@ -178,10 +154,14 @@ class TRAKer:
         if isinstance(self.saver, MmapSaver):
             self.saver.make_features = self._scoring.make_features
         self.scores: np.ndarray | None = None
-        self._current: _Current | None = None
-        self._other: dict[str, Any] | None = None
-        self._cursors: dict[tuple[int, str | None], int] = {}
-        self._last_experiment: str | None = None
+        self._session = Session(
+            self.saver,
+            self.gradient_computer,
+            self._projector,
+            self.options,
+            self.proj_dim,
+            float(self.normalize_factor),
+        )
 
     def _metadata(self) -> dict[str, Any]:
         """List what every checkpoint of a store must agree in."""
@@ -210,15 +190,12 @@ class TRAKer:
                 f"with them. Make a TRAKer with projector=... and another save_dir."
             )
         self._projector = projector
+        self._session.projector = projector
 
     @property
     def reports(self) -> dict[int, FeatureReport]:
         """What finalizing found about each checkpoint, by model id."""
-        found = {
-            model_id: finalizing.read_report(record)
-            for model_id, record in self.saver.model_ids.items()
-        }
-        return {model_id: report for model_id, report in found.items() if report}
+        return read_reports(self.saver.model_ids)
 
     # -- featurizing ------------------------------------------------------------------
 
@@ -242,43 +219,9 @@ class TRAKer:
             NonFiniteError: If it has a NaN or an infinity.
             ModelIDException: If the id belongs to other weights.
         """
-        self._current = None
-        weights = load_weights(self.model, checkpoint)
-        known = self.saver.model_ids
-        if model_id is None:
-            same = [i for i, r in known.items() if r.get("weights") == weights]
-            model_id = min(same, default=max(known, default=-1) + 1)
-        model_id = int(model_id)
-        if model_id in known:
-            self._check_weights(model_id, weights)
-            self.saver.load_current_store(model_id)
-        else:
-            self.saver.register_model_id(
-                model_id, _allow_featurizing_already_registered
-            )
-            self._check_weights(model_id, weights)
-            self.saver.model_ids[model_id]["weights"] = weights
-            self.saver.serialize_current_model_id_metadata()
-        self.gradient_computer.load_model_params(self.model)
-        self._cursors[model_id, None] = 0
-        self._current = _Current(model_id, None, self.train_set_size)
-        self._other = self._other_data(model_id)
-
-    def _check_weights(self, model_id: int, weights: str) -> None:
-        stored = self.saver.model_ids[model_id].get("weights", weights)
-        if stored != weights:
-            raise ModelIDException(
-                f"model id {model_id} belongs to other weights (fingerprint {stored}; "
-                f"this checkpoint's is {weights}). Use another model_id, or another "
-                f"save_dir."
-            )
-
-    def _other_data(self, model_id: int) -> dict[str, Any] | None:
-        """Map another checkpoint's row digests, to notice a loader that changes."""
-        others = [i for i in self.saver.model_ids if i != model_id]
-        if not others or not isinstance(self.saver, MmapSaver):
-            return None
-        return self.saver.open_digests(min(others))
+        self._session.load_for_training(
+            checkpoint, model_id, allow_known=_allow_featurizing_already_registered
+        )
 
     def featurize(
         self,
@@ -304,63 +247,7 @@ class TRAKer:
             NonFiniteError: If a gradient is not finite and ``on_non_finite="raise"``.
             StaleRowError: If a stored row came from another example.
         """
-        current = self._current
-        if current is None or current.exp_name is not None:
-            raise OrderError(
-                "No checkpoint is loaded for featurizing; call load_checkpoint first."
-            )
-        self._process(current, batch, inds, num_samples)
-        flags = self.saver.current_store["is_featurized"]
-        if (flags[:] != 0).all() and not self.saver.model_ids[current.model_id].get(
-            "is_featurized"
-        ):
-            self.saver.serialize_current_model_id_metadata()
-
-    def _process(
-        self, current: _Current, batch: Batch, inds: Any, num_samples: Any
-    ) -> None:
-        """Store the rows of a batch, of training examples or of targets."""
-        exp_name = current.exp_name
-        batch = canonical(batch)
-        size = batch_size(batch)
-        cursor = self._cursors[current.model_id, exp_name]
-        what = "training example" if exp_name is None else "target"
-        rows = parse_rows(inds, num_samples, size, cursor, current.total, what)
-        check_device(batch, self.device)
-        check_mode(self.model)
-        digests = row_digests(batch)
-        if exp_name is None:
-            self._compare_with_other(rows, digests)
-        pipeline = featurizing.Pipeline(
-            self.gradient_computer,
-            self._projector,
-            self.options.selection,
-            current.model_id,
-            self.proj_dim,
-            float(self.normalize_factor),
-            what,
-            weighted=exp_name is None or has_batched_form(self.task),
-        )
-        skip = exp_name is None and self.options.non_finite is NonFinitePolicy.SKIP
-        store = self.saver.current_store
-        featurizing.store_batch(
-            pipeline, store, exp_name, batch, rows, digests, skip=skip
-        )
-        if inds is None:
-            self._cursors[current.model_id, exp_name] = cursor + size
-
-    def _compare_with_other(self, rows: np.ndarray, digests: np.ndarray) -> None:
-        index = featurizing.first_difference(self._other, rows, digests)
-        if index is not None:
-            self._other = None  # once for each checkpoint is enough
-            warnings.warn(
-                f"Training example {index} is not the one that another checkpoint was "
-                f"featurized with: does the loader shuffle or augment? Scores average "
-                f"over checkpoints, so every index must always be the same example. "
-                f"(Harmless if only padding differs.)",
-                TrakWarning,
-                stacklevel=4,
-            )
+        self._session.process(batch, inds, num_samples, targets=False)
 
     def finalize_features(
         self,
@@ -382,40 +269,9 @@ class TRAKer:
             SingularKernelError: If a kernel cannot be inverted with this damping.
         """
         self._projector.free_memory()
+        self._session.end()
         ids = parse_model_ids(model_ids, self.saver.model_ids)
-        if not ids:
-            raise ModelIDException(
-                "There is no checkpoint to finalize; load_checkpoint and featurize first."
-            )
-        for model_id in ids:
-            self._require_featurized(model_id)
-        self._current = None
-        for model_id in tqdm(
-            ids, desc="Finalizing features", disable=self._scoring.quiet
-        ):
-            record = self.saver.model_ids[model_id]
-            if record.get("is_finalized") and self._scoring.is_current(model_id):
-                self.logger.info("model id %d is finalized already", model_id)
-                if del_grads and not record.get("grads_deleted"):
-                    self._scoring.finalize(model_id, del_grads=True)
-                continue
-            self._scoring.finalize(model_id, del_grads=del_grads)
-
-    def _require_featurized(self, model_id: int) -> None:
-        if model_id not in self.saver.model_ids:
-            raise ModelIDException(
-                f"model id {model_id} is not in the store, which has "
-                f"{sorted(self.saver.model_ids)}."
-            )
-        self.saver.load_current_store(model_id)
-        done = int(
-            np.count_nonzero(np.asarray(self.saver.current_store["is_featurized"]))
-        )
-        if done < self.train_set_size:
-            raise ModelIDException(
-                f"model id {model_id} is featurized for {done} of {self.train_set_size} "
-                f"examples; featurize the rest before finalize_features."
-            )
+        self._scoring.finalize_all(ids, del_grads=del_grads)
 
     # -- scoring ----------------------------------------------------------------------
 
@@ -457,29 +313,7 @@ class TRAKer:
             ModelIDException: If it is not finalized, or the id has other weights.
             ExperimentError: If the name cannot be one, or has another ``num_targets``.
         """
-        call = parse_scoring_call(args, kwargs)
-        exp_name = check_exp_name(
-            DEFAULT_EXPERIMENT if call.exp_name is None else call.exp_name
-        )
-        self._current = None
-        weights = load_weights(self.model, call.checkpoint)
-        model_id = call.model_id
-        if model_id is None:
-            known = self.saver.model_ids.items()
-            same = [i for i, record in known if record.get("weights") == weights]
-            if not same:
-                raise ModelIDException(
-                    f"no checkpoint in the store has these weights (fingerprint "
-                    f"{weights}); load_checkpoint and featurize them first."
-                )
-            model_id = min(same)
-        require_finalized(self.saver, model_id)
-        self._check_weights(model_id, weights)
-        self.saver.init_experiment(exp_name, call.num_targets, model_id)
-        self.gradient_computer.load_model_params(self.model)
-        self._cursors[model_id, exp_name] = 0
-        self._last_experiment = exp_name
-        self._current = _Current(model_id, exp_name, call.num_targets)
+        self._session.load_for_scoring(parse_scoring_call(args, kwargs))
 
     def score(
         self,
@@ -501,12 +335,7 @@ class TRAKer:
             NonFiniteError: If a gradient is not finite.
             StaleRowError: If a stored row came from another target.
         """
-        current = self._current
-        if current is None or current.exp_name is None:
-            raise OrderError(
-                "No checkpoint is loaded for scoring; call start_scoring_checkpoint first."
-            )
-        self._process(current, batch, inds, num_samples)
+        self._session.process(batch, inds, num_samples, targets=True)
 
     def finalize_scores(
         self,
@@ -535,7 +364,8 @@ class TRAKer:
             ModelIDException: If a checkpoint is not finalized.
             NonFiniteError: If a score is not finite.
         """
-        exp_name, ids = self._select(exp_name, model_ids, allow_skip=allow_skip)
+        exp_name, ids = self._session.select(exp_name, model_ids)
+        ids = self._scoring.usable(exp_name, ids, allow_skip=allow_skip)
         self.scores = self._scoring.write_scores(exp_name, ids)
         return self.scores
 
@@ -569,7 +399,8 @@ class TRAKer:
             raise OptionError(
                 f"k={k}, but there are only {self.train_set_size} training examples."
             )
-        exp_name, ids = self._select(exp_name, model_ids, allow_skip=allow_skip)
+        exp_name, ids = self._session.select(exp_name, model_ids)
+        ids = self._scoring.usable(exp_name, ids, allow_skip=allow_skip)
         return self._scoring.top_k(exp_name, ids, int(k), largest=largest)
 
     def self_influence(
@@ -589,38 +420,6 @@ class TRAKer:
         Raises:
             ModelIDException: If there is no checkpoint, or one is not finalized.
         """
+        self._session.end()
         ids = parse_model_ids(model_ids, self.saver.model_ids)
-        if not ids:
-            raise ModelIDException("There is no checkpoint; featurize one first.")
-        self._current = None
         return self._scoring.self_influence(ids)
-
-    def _select(
-        self, exp_name: str | None, model_ids: Iterable[int] | None, *, allow_skip: bool
-    ) -> tuple[str, list[int]]:
-        experiments = self.saver.experiments
-        if exp_name is None:
-            only = next(iter(experiments)) if len(experiments) == 1 else None
-            exp_name = self._last_experiment or only
-        if exp_name not in experiments or exp_name is None:
-            raise ExperimentError(
-                f"There is no experiment {exp_name!r}; the store has "
-                f"{sorted(experiments)}. Score targets before finalize_scores."
-            )
-        self._current = None
-        ids = parse_model_ids(model_ids, self.saver.model_ids)
-        return exp_name, self._scoring.usable(exp_name, ids, allow_skip=allow_skip)
-
-
-@dataclass(frozen=True, slots=True)
-class _Current:
-    """What the next batch belongs to."""
-
-    model_id: int
-    """The checkpoint that is loaded."""
-
-    exp_name: str | None
-    """The experiment; None while featurizing."""
-
-    total: int
-    """Number of rows there are: ``n``, or the experiment's ``m``."""

@@ -1,0 +1,241 @@
+"""The checkpoint that is loaded, whose rows the next batches are, and where they go on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from trak._batches import batch_size, canonical, check_device, row_digests
+from trak._checkpoints import check_mode, check_weights, ids_of_weights, load_weights
+from trak._featurizing import Pipeline, first_difference, store_batch
+from trak._layout import PENDING, check_exp_name
+from trak._options import (
+    NonFinitePolicy,
+    Options,
+    ScoringCall,
+    integer,
+    parse_model_ids,
+    parse_rows,
+)
+from trak._scoring import require_finalized
+from trak._seams import has_batched_form
+from trak._types import Batch
+from trak.errors import ExperimentError, ModelIDException, OrderError, TrakWarning
+from trak.gradient_computers import AbstractGradientComputer
+from trak.projectors import AbstractProjector
+from trak.savers import AbstractSaver, MmapSaver
+
+DEFAULT_EXPERIMENT = "default"
+"""Name of an experiment that was given none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Current:
+    """What the next batch belongs to."""
+
+    model_id: int
+    """The checkpoint that is loaded."""
+
+    exp_name: str | None
+    """The experiment; None while featurizing."""
+
+    total: int
+    """Number of rows there are: ``n``, or the experiment's ``m``."""
+
+    other: dict[str, Any] | None
+    """What another checkpoint's training rows came from, to compare with."""
+
+
+@dataclass(slots=True)
+class Session:
+    """Stores batches as rows of what :meth:`begin` named."""
+
+    saver: AbstractSaver
+    computer: AbstractGradientComputer
+    projector: AbstractProjector
+    options: Options
+    proj_dim: int
+    scale: float
+    _current: Current | None = None
+    _experiment: str | None = None
+    _cursors: dict[tuple[int, str | None], int] = field(default_factory=dict)
+
+    def load_for_training(
+        self,
+        checkpoint: Mapping[str, Tensor],
+        model_id: int | None,
+        *,
+        allow_known: bool,
+    ) -> None:
+        """Load a checkpoint; the next batches are training examples.
+
+        Args:
+            checkpoint: Its state dict.
+            model_id: Its id; None for the id of these weights, or the next free one.
+            allow_known: Passed on to the saver.
+        """
+        self.end()
+        saver = self.saver
+        weights = load_weights(self.computer.model, checkpoint)
+        if model_id is None:
+            same = ids_of_weights(saver.model_ids, weights)
+            model_id = min(same, default=max(saver.model_ids, default=-1) + 1)
+        model_id = integer("model_id", model_id)
+        if model_id in saver.model_ids:
+            check_weights(saver.model_ids, model_id, weights)
+            saver.load_current_store(model_id)
+        else:
+            saver.register_model_id(model_id, allow_known)
+            check_weights(saver.model_ids, model_id, weights)
+            saver.model_ids[model_id]["weights"] = weights
+            saver.serialize_current_model_id_metadata()
+        self.computer.load_model_params(self.computer.model)
+        self._begin(model_id, None, self.options.train_set_size)
+
+    def load_for_scoring(self, call: ScoringCall) -> None:
+        """Load a checkpoint; the next batches are targets of an experiment.
+
+        Args:
+            call: What was asked for.
+
+        Raises:
+            ModelIDException: If no checkpoint has these weights, or the one named is
+                not finalized or has others.
+        """
+        exp_name = check_exp_name(
+            DEFAULT_EXPERIMENT if call.exp_name is None else call.exp_name
+        )
+        self.end()
+        weights = load_weights(self.computer.model, call.checkpoint)
+        model_id = call.model_id
+        if model_id is None:
+            same = ids_of_weights(self.saver.model_ids, weights)
+            if not same:
+                raise ModelIDException(
+                    f"no checkpoint in the store has these weights (fingerprint "
+                    f"{weights}); load_checkpoint and featurize them first."
+                )
+            model_id = min(same)
+        require_finalized(self.saver, model_id)
+        check_weights(self.saver.model_ids, model_id, weights)
+        self.saver.init_experiment(exp_name, call.num_targets, model_id)
+        self.computer.load_model_params(self.computer.model)
+        self._experiment = exp_name
+        self._begin(model_id, exp_name, call.num_targets)
+
+    def select(
+        self, exp_name: str | None, model_ids: Iterable[int] | None
+    ) -> tuple[str, list[int]]:
+        """Find the experiment and checkpoints that a call for scores means.
+
+        Args:
+            exp_name: The experiment; None for the last that was started, or the only one.
+            model_ids: The checkpoints; None for all.
+
+        Returns:
+            Its name, and their ids.
+
+        Raises:
+            ExperimentError: If there is no such experiment.
+        """
+        self.end()
+        experiments = self.saver.experiments
+        if exp_name is None:
+            only = next(iter(experiments)) if len(experiments) == 1 else None
+            exp_name = self._experiment or only
+        if exp_name is None or exp_name not in experiments:
+            raise ExperimentError(
+                f"There is no experiment {exp_name!r}; the store has "
+                f"{sorted(experiments)}. Score targets before finalize_scores."
+            )
+        return exp_name, parse_model_ids(model_ids, self.saver.model_ids)
+
+    def _begin(self, model_id: int, exp_name: str | None, total: int) -> None:
+        other = self._other_rows(model_id) if exp_name is None else None
+        self._cursors[model_id, exp_name] = 0
+        self._current = Current(model_id, exp_name, total, other)
+
+    def end(self) -> None:
+        """Take no more batches."""
+        self._current = None
+
+    def process(
+        self, batch: Batch, inds: Any, num_samples: Any, *, targets: bool
+    ) -> None:
+        """Store the rows of a batch.
+
+        Args:
+            batch: The examples.
+            inds: Their row numbers; None for the next ones.
+            num_samples: Their number; None to infer it.
+            targets: Whether they are targets, or training examples.
+
+        Raises:
+            OrderError: If no checkpoint is loaded for that.
+        """
+        current = self._current
+        if current is None or bool(current.exp_name) != targets:
+            call = "start_scoring_checkpoint" if targets else "load_checkpoint"
+            raise OrderError(
+                f"No checkpoint is loaded for {'scoring' if targets else 'featurizing'}; "
+                f"call {call} first."
+            )
+        exp_name = current.exp_name
+        batch = canonical(batch)
+        size = batch_size(batch)
+        cursor = self._cursors[current.model_id, exp_name]
+        what = "target" if exp_name else "training example"
+        rows = parse_rows(inds, num_samples, size, cursor, current.total, what)
+        check_device(batch, self.options.device)
+        check_mode(self.computer.model)
+        digests = row_digests(batch)
+        self._compare(current, rows, digests)
+        pipeline = Pipeline(
+            self.computer,
+            self.projector,
+            self.options.selection,
+            current.model_id,
+            self.proj_dim,
+            self.scale,
+            what,
+            weighted=not exp_name or has_batched_form(self.computer.modelout_fn),
+        )
+        skip = not exp_name and self.options.non_finite is NonFinitePolicy.SKIP
+        store = self.saver.current_store
+        store_batch(pipeline, store, exp_name, batch, rows, digests, skip=skip)
+        if inds is None:
+            self._cursors[current.model_id, exp_name] = cursor + size
+        if not exp_name:
+            self._note_completion(current.model_id)
+
+    def _note_completion(self, model_id: int) -> None:
+        record = self.saver.model_ids[model_id]
+        flags = np.asarray(self.saver.current_store["is_featurized"])
+        if not record.get("is_featurized") and bool((flags != PENDING).all()):
+            self.saver.serialize_current_model_id_metadata()
+
+    def _other_rows(self, model_id: int) -> dict[str, Any] | None:
+        others = [i for i in self.saver.model_ids if i != model_id]
+        if not others or not isinstance(self.saver, MmapSaver):
+            return None
+        return self.saver.open_digests(min(others))
+
+    def _compare(self, current: Current, rows: np.ndarray, digests: np.ndarray) -> None:
+        index = first_difference(current.other, rows, digests)
+        if index is None:
+            return
+        # Once for each checkpoint is enough.
+        self._current = Current(current.model_id, None, current.total, None)
+        warnings.warn(
+            f"Training example {index} is not the one that another checkpoint was "
+            f"featurized with: does the loader shuffle or augment? Scores average over "
+            f"checkpoints, so every index must always be the same example. (Harmless if "
+            f"only padding differs.)",
+            TrakWarning,
+            stacklevel=4,
+        )
