@@ -267,13 +267,12 @@ def report(plan: Plan, results: Results) -> str:
         "trak's top": results.removal.by_trak,
         "the nearest of the same label": results.removal.by_pixels,
     }
-    lines += [
-        "",
-        f"Fall of a test digit's log-odds when {plan.n_removed} training digits are removed,",
-        f"instead of as many at random: {plan.n_removals} random test digits, "
-        + f"{plan.n_removal_repeats} retrainings each",
-        "",
-    ]
+    removed = (
+        f"Fall of a test digit's log-odds when {plan.n_removed} training digits are "
+        f"removed,\ninstead of as many at random: {plan.n_removals} random test digits, "
+        f"{plan.n_removal_repeats} retrainings each"
+    )
+    lines += ["", removed, ""]
     for name, values in drops.items():
         lines.append(f"{name:32}{_cell(values.mean(), bootstrap_interval(values))}")
     lines += ["", _reading(results, ratios)]
