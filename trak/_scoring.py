@@ -17,6 +17,7 @@ from trak import _finalizing as finalizing
 from trak._featurizing import read_array, read_rows
 from trak._layout import PENDING
 from trak._linalg import Kernel, TopK
+from trak._readiness import require_featurized, require_finalized
 from trak.errors import (
     ExperimentError,
     ModelIDException,
@@ -364,41 +365,3 @@ class Scoring:
             weights += weight
         result: np.ndarray = influence * weights / len(model_ids) ** 2
         return result.astype(np.float32)
-
-
-def require_finalized(saver: AbstractSaver, model_id: int) -> None:
-    """Refuse a checkpoint that is unknown or not finalized.
-
-    Raises:
-        ModelIDException: If it is.
-    """
-    if model_id not in saver.model_ids:
-        raise ModelIDException(
-            f"model id {model_id} is not in the store, which has "
-            f"{sorted(saver.model_ids)}; load_checkpoint and featurize it first."
-        )
-    if not saver.model_ids[model_id].get("is_finalized"):
-        raise ModelIDException(
-            f"model id {model_id} is not finalized; call finalize_features() first."
-        )
-
-
-def require_featurized(saver: AbstractSaver, model_id: int) -> None:
-    """Refuse a checkpoint that is unknown or lacks rows.
-
-    Raises:
-        ModelIDException: If it does.
-    """
-    if model_id not in saver.model_ids:
-        raise ModelIDException(
-            f"model id {model_id} is not in the store, which has "
-            f"{sorted(saver.model_ids)}."
-        )
-    saver.load_current_store(model_id)
-    flags = np.asarray(saver.current_store["is_featurized"])
-    done = int((flags != PENDING).sum())
-    if done < flags.size:
-        raise ModelIDException(
-            f"model id {model_id} is featurized for {done} of {flags.size} examples; "
-            f"featurize the rest before finalize_features."
-        )

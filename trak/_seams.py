@@ -100,15 +100,28 @@ def build_score_computer(
 def build_saver(
     given: Any,
     options: Options,
-    metadata: dict[str, Any],
+    projector: AbstractProjector,
     proj_dim: int,
+    task: AbstractModelOutput,
     logging_level: int,
 ) -> AbstractSaver:
     """Build the saver from its class, take the instance, or make the default.
 
+    Its metadata are what every checkpoint of a store must agree in.
+
     Returns:
         The saver.
     """
+    law = projector.proj_type
+    metadata = {
+        "JL dimension": proj_dim,
+        "JL matrix type": str(getattr(law, "value", law)),
+        "train set size": options.train_set_size,
+        "projection": describe_projector(projector),
+        "task": task.describe(),
+        "parameters": options.selection.fingerprint(),
+        "gradient entries": options.selection.grad_dim,
+    }
     built = _build(
         "saver",
         MmapSaver if given is None else given,

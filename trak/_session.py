@@ -22,7 +22,7 @@ from trak._options import (
     parse_model_ids,
     parse_rows,
 )
-from trak._scoring import require_finalized
+from trak._readiness import require_finalized
 from trak._seams import has_batched_form
 from trak._types import Batch
 from trak.errors import ExperimentError, ModelIDException, OrderError, TrakWarning

@@ -132,8 +132,8 @@ class TRAKer:
         self.num_params_for_grad = options.selection.grad_dim
         self.proj_seed = options.projector_seed
         self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
-        self._projector = build_projector(projector, options)
-        self.proj_dim = self._projector.proj_dim or self.num_params_for_grad
+        built = build_projector(projector, options)
+        self.proj_dim = built.proj_dim or self.num_params_for_grad
         self.gradient_computer: AbstractGradientComputer = build_gradient_computer(
             gradient_computer, model, self.task, options, grad_wrt
         )
@@ -141,7 +141,7 @@ class TRAKer:
             score_computer, options, logging_level
         )
         self.saver: AbstractSaver = build_saver(
-            saver, options, self._metadata(), self.proj_dim, logging_level
+            saver, options, built, self.proj_dim, self.task, logging_level
         )
         self._scoring = Scoring(
             self.saver,
@@ -157,39 +157,25 @@ class TRAKer:
         self._session = Session(
             self.saver,
             self.gradient_computer,
-            self._projector,
-            self.options,
+            built,
+            options,
             self.proj_dim,
             float(self.normalize_factor),
         )
 
-    def _metadata(self) -> dict[str, Any]:
-        """List what every checkpoint of a store must agree in."""
-        law = self._projector.proj_type
-        return {
-            "JL dimension": self.proj_dim,
-            "JL matrix type": str(getattr(law, "value", law)),
-            "train set size": self.train_set_size,
-            "projection": describe_projector(self._projector),
-            "task": self.task.describe(),
-            "parameters": self.options.selection.fingerprint(),
-            "gradient entries": self.num_params_for_grad,
-        }
-
     @property
     def projector(self) -> AbstractProjector:
         """The projector; another may be set if it makes the same numbers."""
-        return self._projector
+        return self._session.projector
 
     @projector.setter
     def projector(self, projector: AbstractProjector) -> None:
-        ours, other = map(describe_projector, (self._projector, projector))
+        ours, other = map(describe_projector, (self.projector, projector))
         if other != ours:
             raise StoreMismatchError(
                 f"the store's rows are projected by {ours}; rows by {other} do not mix "
                 f"with them. Make a TRAKer with projector=... and another save_dir."
             )
-        self._projector = projector
         self._session.projector = projector
 
     @property
@@ -268,7 +254,7 @@ class TRAKer:
             ModelIDException: If one is unknown or not fully featurized.
             SingularKernelError: If a kernel cannot be inverted with this damping.
         """
-        self._projector.free_memory()
+        self.projector.free_memory()
         self._session.end()
         ids = parse_model_ids(model_ids, self.saver.model_ids)
         self._scoring.finalize_all(ids, del_grads=del_grads)

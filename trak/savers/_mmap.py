@@ -4,50 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 
 from trak import _layout
 from trak._layout import ArraySpec
-from trak._version import __version__
-from trak.errors import (
-    ExperimentError,
-    ModelIDException,
-    StoreCorruptError,
-    StoreMismatchError,
-)
+from trak.errors import ExperimentError, ModelIDException
 from trak.savers._abstract import AbstractSaver
-
-FeatureMaker: TypeAlias = Callable[[int, dict[str, Any], np.memmap], None]
-"""``make(model_id, store, array)`` writes a checkpoint's features into an array."""
-
-
-class LazyStore(dict[str, Any]):
-    """The current arrays; the features among them are computed when first asked for.
-
-    Scores do not need the features, but readers of 0.3.2 stores do.
-
-    Args:
-        saver: The saver whose arrays these are.
-        model_id: The checkpoint they belong to.
-    """
-
-    def __init__(self, saver: MmapSaver, model_id: int) -> None:
-        super().__init__()
-        self._saver = saver
-        self._model_id = model_id
-
-    def __missing__(self, key: str) -> Any:
-        make = self._saver.make_features
-        is_finalized = self._saver.model_ids[self._model_id]["is_finalized"]
-        if key != "features" or make is None or not is_finalized:
-            raise KeyError(key)
-        with self._saver.new_features(self._model_id, self) as array:
-            make(self._model_id, self, array)
-        return self[key]
+from trak.savers._lazy import FeatureMaker, LazyStore
+from trak.savers._records import open_manifest, pin_weights, read_model_record
 
 
 class MmapSaver(AbstractSaver):
@@ -83,10 +51,11 @@ class MmapSaver(AbstractSaver):
             self._experiment_dir,
         ):
             _layout.make_directory(directory)
-        self._open_manifest()
+        mine = {**self.metadata, "format": _layout.FORMAT, "dtype": self._dtype}
+        open_manifest(self.save_dir, mine)
         if load_from_save_dir:
             for path in sorted(self.save_dir.glob("id_*.json")):
-                self._read_model_record(path)
+                self.model_ids.update(read_model_record(path))
             for path in sorted(self._experiment_dir.glob("*.json")):
                 self.experiments[path.stem] = _layout.read_record(path)
         self.logger.info(
@@ -100,47 +69,9 @@ class MmapSaver(AbstractSaver):
     def _experiment_dir(self) -> Path:
         return self.save_dir / "experiments"
 
-    def _open_manifest(self) -> None:
-        path = self.save_dir / _layout.MANIFEST
-        mine = {**self.metadata, "format": _layout.FORMAT, "dtype": self._dtype}
-        if not path.exists():
-            strays = sorted(p.name for p in self.save_dir.glob("id_*.json"))
-            if strays:
-                raise StoreCorruptError(
-                    f"{self.save_dir} has checkpoints ({strays[0]}) but no "
-                    f"{_layout.MANIFEST}; it cannot be told what they are. Use another "
-                    f"save_dir."
-                )
-            record = {**mine, "written by": f"trak {__version__}"}
-            if _layout.write_record(path, record, replace=False):
-                return
-        stored = _layout.read_record(path)
-        if "format" not in stored:
-            raise StoreMismatchError(
-                f"{self.save_dir} was not written by this library (its {_layout.MANIFEST} "
-                f"has no format number; traker 0.3.2 leaves such stores). Its projections "
-                f"are others; use a new save_dir."
-            )
-        for key, value in mine.items():
-            if stored.get(key) != value:
-                raise StoreMismatchError(
-                    f"{self.save_dir} was made with {key} = {stored.get(key)!r}, and this "
-                    f"TRAKer has {key} = {value!r}; the numbers would not belong "
-                    f"together. Use the same setting, or another save_dir."
-                )
-
     @property
     def _dtype(self) -> str:
         return "float16" if self.use_half_precision else "float32"
-
-    def _read_model_record(self, path: Path) -> None:
-        for key, record in _layout.read_record(path).items():
-            if not key.lstrip("-").isdecimal() or not isinstance(record, dict):
-                raise StoreCorruptError(
-                    f"{path} is not the record of a checkpoint; move it away, or use "
-                    f"another save_dir."
-                )
-            self.model_ids[int(key)] = {"is_featurized": 0, "is_finalized": 0, **record}
 
     def _record_path(self, model_id: int) -> Path:
         return self.save_dir / f"id_{model_id}.json"
@@ -187,7 +118,7 @@ class MmapSaver(AbstractSaver):
                 f"load_checkpoint goes on with it, another id starts a new one."
             )
         if self._record_path(model_id).exists():  # by another process, meanwhile
-            self._read_model_record(self._record_path(model_id))
+            self.model_ids.update(read_model_record(self._record_path(model_id)))
         self.model_ids.setdefault(model_id, {"is_featurized": 0, "is_finalized": 0})
         self.init_store(model_id)
 
@@ -223,20 +154,9 @@ class MmapSaver(AbstractSaver):
         elif self._finalized_path(model_id).exists():  # by another process, meanwhile
             record.update(_layout.read_record(self._finalized_path(model_id)))
         if "weights" in record:
-            self._pin_weights(model_id, record["weights"])
+            directory = self.save_dir / str(model_id)
+            pin_weights(directory / "weights.json", model_id, record["weights"])
         _layout.write_record(self._record_path(model_id), {str(model_id): record})
-
-    def _pin_weights(self, model_id: int, weights: str) -> None:
-        """Let only the first of several processes decide whose weights an id is for."""
-        path = self.save_dir / str(model_id) / "weights.json"
-        if not path.exists():
-            _layout.write_record(path, {"weights": weights}, replace=False)
-        first = _layout.read_record(path).get("weights")
-        if first != weights:
-            raise ModelIDException(
-                f"model id {model_id} was taken by another process for other weights; "
-                f"use another model_id."
-            )
 
     def load_current_store(
         self,

@@ -1,0 +1,92 @@
+"""The JSON records of a store: what they must agree in, and who may write them first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from trak import _layout
+from trak._version import __version__
+from trak.errors import ModelIDException, StoreCorruptError, StoreMismatchError
+
+
+def open_manifest(save_dir: Path, mine: dict[str, Any]) -> None:
+    """Write a store's manifest, or compare it with the one that is there.
+
+    Args:
+        save_dir: The store.
+        mine: What every checkpoint of it must agree in.
+
+    Raises:
+        StoreCorruptError: If there are checkpoints and no manifest.
+        StoreMismatchError: If it was written with other settings, or by 0.3.2.
+    """
+    path = save_dir / _layout.MANIFEST
+    if not path.exists():
+        strays = sorted(p.name for p in save_dir.glob("id_*.json"))
+        if strays:
+            raise StoreCorruptError(
+                f"{save_dir} has checkpoints ({strays[0]}) but no {_layout.MANIFEST}; it "
+                f"cannot be told what they are. Use another save_dir."
+            )
+        record = {**mine, "written by": f"trak {__version__}"}
+        if _layout.write_record(path, record, replace=False):
+            return
+    stored = _layout.read_record(path)
+    if "format" not in stored:
+        raise StoreMismatchError(
+            f"{save_dir} was not written by this library (its {_layout.MANIFEST} has no "
+            f"format number; traker 0.3.2 leaves such stores). Its projections are "
+            f"others; use a new save_dir."
+        )
+    for key, value in mine.items():
+        if stored.get(key) != value:
+            raise StoreMismatchError(
+                f"{save_dir} was made with {key} = {stored.get(key)!r}, and this TRAKer "
+                f"has {key} = {value!r}; the numbers would not belong together. Use the "
+                f"same setting, or another save_dir."
+            )
+
+
+def read_model_record(path: Path) -> dict[int, dict[str, Any]]:
+    """Read the record of a checkpoint.
+
+    Args:
+        path: Its file.
+
+    Returns:
+        The record, under its model id.
+
+    Raises:
+        StoreCorruptError: If it is not such a record.
+    """
+    records = {}
+    for key, record in _layout.read_record(path).items():
+        if not key.lstrip("-").isdecimal() or not isinstance(record, dict):
+            raise StoreCorruptError(
+                f"{path} is not the record of a checkpoint; move it away, or use another "
+                f"save_dir."
+            )
+        records[int(key)] = {"is_featurized": 0, "is_finalized": 0, **record}
+    return records
+
+
+def pin_weights(path: Path, model_id: int, weights: str) -> None:
+    """Let only the first of several processes decide whose weights an id is for.
+
+    Args:
+        path: The file that says so.
+        model_id: The id.
+        weights: Fingerprint of the weights that it is claimed for.
+
+    Raises:
+        ModelIDException: If another process claimed it for other weights.
+    """
+    if not path.exists():
+        _layout.write_record(path, {"weights": weights}, replace=False)
+    first = _layout.read_record(path).get("weights")
+    if first != weights:
+        raise ModelIDException(
+            f"model id {model_id} was taken by another process for other weights; use "
+            f"another model_id."
+        )
