@@ -90,7 +90,9 @@ def _draw_digit(
     axes: Axes, image: Tensor, colour: str, caption: str, size: float
 ) -> None:
     axes.set_axis_on()
-    axes.imshow(image[0], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    axes.imshow(
+        image[0].numpy(), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest"
+    )
     axes.set(xticks=[], yticks=[])
     for side in axes.spines.values():
         side.set(color=colour, linewidth=2)

@@ -252,11 +252,11 @@ def report(plan: Plan, results: Results) -> str:
         f"Linear datamodeling score (LDS), with 95 % intervals: {plan.n_test} test digits,",
         f"{plan.n_subsets} random halves x {plan.n_repeats} retrainings that are not checkpoints",
         "",
-        f"{'':32}{'1 checkpoint':24}{c} checkpoints",
+        f"{'':30}{'1 checkpoint':26}{c} checkpoints",
     ]
     for name, (first, every) in results.table.items():
         cells = [_cell(first.mean, first.interval), _cell(every.mean, every.interval)]
-        lines.append(f"{name:32}{cells[0]:24}{cells[1]}".rstrip())
+        lines.append(f"{name:30}{cells[0]:26}{cells[1]}".rstrip())
     ours = [result.mean for result in results.table[TRAK.name]]
     undamped = [
         max(results.table[method.name][column].mean for method in UNDAMPED)
@@ -274,7 +274,7 @@ def report(plan: Plan, results: Results) -> str:
     )
     lines += ["", removed, ""]
     for name, values in drops.items():
-        lines.append(f"{name:32}{_cell(values.mean(), bootstrap_interval(values))}")
+        lines.append(f"{name:30}{_cell(values.mean(), bootstrap_interval(values))}")
     lines += ["", _reading(results, ratios)]
     return "\n".join(lines)
 
