@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -151,20 +152,14 @@ def row_digests(batch: Batch) -> Int64[np.ndarray, " b"]:
     Returns:
         A 64-bit hash of every row, over all tensors of the batch. Shape ``(b,)``.
     """
-    rows = [
-        leaf
-        .detach()
-        .cpu()
-        .contiguous()
-        .reshape(len(leaf), -1)
-        .view(torch.uint8)
-        .numpy()
-        for leaf in row_leaves(batch)
-    ]
+    rows = []
+    for leaf in row_leaves(batch):
+        flat = leaf.detach().cpu().reshape(len(leaf), math.prod(leaf.shape[1:]))
+        rows.append(flat.contiguous().view(torch.uint8).numpy())
     digests = np.empty(len(rows[0]), dtype=np.int64)
     for i in range(len(digests)):
         digest = hashlib.blake2b(digest_size=8)
-        for leaf in rows:
-            digest.update(leaf[i].data)
+        for row in rows:
+            digest.update(row[i].data)
         digests[i] = np.frombuffer(digest.digest(), dtype=np.int64)[0]
     return digests

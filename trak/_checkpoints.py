@@ -54,7 +54,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> st
                 f"statistics: each example's output depends on its batch, and has no "
                 f"gradient of its own. Use track_running_stats=True, or GroupNorm."
             )
-    model.load_state_dict(dict(checkpoint))
+    model.load_state_dict(checkpoint)
     model.eval()
     return fingerprint({k: v for k, v in model.state_dict().items() if _is_tensor(v)})
 
@@ -93,15 +93,22 @@ def check_mode(model: torch.nn.Module) -> None:
     """Refuse a model with batch statistics or dropout switched on.
 
     Raises:
-        ModelModeError: If a normalisation or dropout layer is in training mode.
+        ModelModeError: If a layer with either is in training mode.
     """
     for name, module in model.named_modules():
-        if module.training and isinstance(module, _BatchNorm | _DropoutNd):
+        if module.training and _is_stochastic(module):
             raise ModelModeError(
                 f"{name or 'the model'} ({type(module).__name__}) is in training mode, so "
                 f"an example's gradient depends on its batch or on chance. Call "
                 f"model.eval(); load_checkpoint did, and something switched it back."
             )
+
+
+def _is_stochastic(module: torch.nn.Module) -> bool:
+    if isinstance(module, _BatchNorm | _DropoutNd):
+        return True
+    rate = getattr(module, "dropout", 0.0)  # attention and recurrent layers
+    return isinstance(rate, float) and rate > 0
 
 
 def ids_of_weights(records: Mapping[int, Mapping[str, Any]], weights: str) -> list[int]:

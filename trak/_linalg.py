@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float, Float16, Float32, Float64, Int16, Int64
@@ -85,6 +85,7 @@ def _product(
     return total
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """A damped Gram matrix that can be solved with."""
 

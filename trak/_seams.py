@@ -8,7 +8,7 @@ import torch
 
 from trak._options import Options
 from trak._types import GradWrt
-from trak.errors import OptionError
+from trak.errors import OptionError, StoreMismatchError
 from trak.gradient_computers import AbstractGradientComputer
 from trak.modelout_functions import AbstractModelOutput
 from trak.projectors import (
@@ -164,6 +164,20 @@ def describe_projector(projector: AbstractProjector) -> str:
     """Identify the numbers a projector makes, for the store's manifest."""
     own = getattr(projector, "describe", None)
     return str(own()) if own else type(projector).__qualname__
+
+
+def check_same_projector(ours: AbstractProjector, other: AbstractProjector) -> None:
+    """Refuse a projector that makes other numbers than the store's.
+
+    Raises:
+        StoreMismatchError: If it does.
+    """
+    mine, theirs = describe_projector(ours), describe_projector(other)
+    if mine != theirs:
+        raise StoreMismatchError(
+            f"the store's rows are projected by {mine}; rows by {theirs} do not mix with "
+            f"them. Make a TRAKer with projector=... and another save_dir."
+        )
 
 
 def has_batched_form(task: AbstractModelOutput) -> bool:

@@ -21,19 +21,15 @@ from trak._seams import (
     build_projector,
     build_saver,
     build_score_computer,
-    describe_projector,
+    check_same_projector,
 )
 from trak._session import Session
 from trak._types import Batch, GradWrt
-from trak.errors import OptionError, StoreMismatchError
-from trak.gradient_computers import (
-    AbstractGradientComputer,
-    FunctionalGradientComputer,
-)
+from trak.errors import OptionError
+from trak.gradient_computers import FunctionalGradientComputer
 from trak.modelout_functions import AbstractModelOutput, resolve_task
 from trak.projectors import AbstractProjector
-from trak.savers import AbstractSaver, MmapSaver
-from trak.score_computers import AbstractScoreComputer
+from trak.savers import MmapSaver
 
 
 class TRAKer:
@@ -134,13 +130,13 @@ class TRAKer:
         self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
         built = build_projector(projector, options)
         self.proj_dim = built.proj_dim or self.num_params_for_grad
-        self.gradient_computer: AbstractGradientComputer = build_gradient_computer(
+        self.gradient_computer = build_gradient_computer(
             gradient_computer, model, self.task, options, grad_wrt
         )
-        self.score_computer: AbstractScoreComputer = build_score_computer(
+        self.score_computer = build_score_computer(
             score_computer, options, logging_level
         )
-        self.saver: AbstractSaver = build_saver(
+        self.saver = build_saver(
             saver, options, built, self.proj_dim, self.task, logging_level
         )
         self._scoring = Scoring(
@@ -170,20 +166,13 @@ class TRAKer:
 
     @projector.setter
     def projector(self, projector: AbstractProjector) -> None:
-        ours, other = map(describe_projector, (self.projector, projector))
-        if other != ours:
-            raise StoreMismatchError(
-                f"the store's rows are projected by {ours}; rows by {other} do not mix "
-                f"with them. Make a TRAKer with projector=... and another save_dir."
-            )
+        check_same_projector(self.projector, projector)
         self._session.projector = projector
 
     @property
     def reports(self) -> dict[int, FeatureReport]:
         """What finalizing found about each checkpoint, by model id."""
         return read_reports(self.saver.model_ids)
-
-    # -- featurizing ------------------------------------------------------------------
 
     def load_checkpoint(
         self,
@@ -258,8 +247,6 @@ class TRAKer:
         self._session.end()
         ids = parse_model_ids(model_ids, self.saver.model_ids)
         self._scoring.finalize_all(ids, del_grads=del_grads)
-
-    # -- scoring ----------------------------------------------------------------------
 
     @overload
     def start_scoring_checkpoint(

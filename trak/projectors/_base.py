@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from enum import Enum
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -47,6 +48,9 @@ class AbstractProjector(ABC):
         proj_type: As given.
         device: As a `torch.device`.
     """
+
+    by_parameter: ClassVar[bool] = False
+    """Whether entries depend on parameters' names, so gradients should come by name."""
 
     def __init__(
         self,
@@ -111,6 +115,8 @@ class AdditiveProjector(AbstractProjector):
     Raises:
         OptionError: If a dimension is below 1, or ``dtype`` is not floating-point.
     """
+
+    by_parameter: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak._signs import (
+    NORMALS_PER_DRAW,
     SIGNS_PER_DRAW,
     Key,
     dense_normals,
@@ -26,8 +27,11 @@ from trak.projectors._base import (
 from trak.projectors._gradients import named_columns, vectorized
 
 _DENSE = (ProjectionType.normal, ProjectionType.rademacher)
-# Tiles this size stay in a core's share of the cache, with the words they are made of.
-_TILE_ENTRIES = 2**20
+# Tiles that stay in a core's share of the cache with what they are made from, which
+# for normals is eight times the tile. Measured on two CPU cores: a factor of 4 either
+# way costs 20 to 50 %.
+_TILE_ENTRIES = {"rademacher": 2**20, "normal": 2**18}
+_PER_DRAW = {"rademacher": SIGNS_PER_DRAW, "normal": NORMALS_PER_DRAW}
 
 
 class NoOpProjector(AbstractProjector):
@@ -233,19 +237,19 @@ def dense_into(
     for first in range(0, p, block_size):
         outputs = range(first, min(first + block_size, p))
         block = out[:, first : outputs.stop]
-        for lo, hi in _aligned_pieces(offset, stop, len(outputs)):
+        for lo, hi in _tiles(offset, stop, len(outputs), law):
             tile = _entries(law, key, lo, hi, outputs, out.device).to(out.dtype)
             block.addmm_(x[:, lo - offset : hi - offset].to(out.dtype), tile)
 
 
-def _aligned_pieces(start: int, stop: int, width: int) -> Iterator[tuple[int, int]]:
+def _tiles(start: int, stop: int, width: int, law: str) -> Iterator[tuple[int, int]]:
     """Cut a range at multiples of whole draws, into tiles of bounded size.
 
     Yields:
         The first coordinate of a tile, and one past its last.
     """
-    draws = max(1, _TILE_ENTRIES // (width * SIGNS_PER_DRAW))
-    length = draws * SIGNS_PER_DRAW
+    draws = max(1, _TILE_ENTRIES[law] // (width * _PER_DRAW[law]))
+    length = draws * _PER_DRAW[law]
     while start < stop:
         end = min(stop, (start // length + 1) * length)
         yield start, end

@@ -230,6 +230,8 @@ class _Kernel:
         # 65504 overflow; a power of two a row is exact to apply and to undo.
         peak = x.abs().amax(dim=1, keepdim=True)
         exponent = torch.frexp(torch.where(peak.isfinite(), peak, 1.0)).exponent
+        # Releases of torch whose ldexp multiplies by 2**exponent need that finite.
+        exponent = exponent.clamp(-120, 120)
         scaled = torch.ldexp(x, -exponent)
         sketch = x.new_zeros((len(x), self.proj_dim))
         width = max(w for w in _WIDTHS if w <= self.max_rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 
@@ -12,6 +12,7 @@ FeatureMaker: TypeAlias = Callable[[int, dict[str, Any], np.memmap], None]
 """``make(model_id, store, array)`` writes a checkpoint's features into an array."""
 
 
+@runtime_checkable
 class FeatureFiles(Protocol):
     """The part of a saver that features on demand need."""
 
