@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import doctest
+import errno
+import importlib.util
 import io
 import json
 import logging
+import os
+import pkgutil
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from markdown.extensions.toc import slugify
 
+import trak
 from trak import TRAKer, _layout, errors
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +85,7 @@ def execute(page: Path, namespace: dict[str, object]) -> None:
         code = compile("\n" * block.line + block.source, str(page), "exec")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(code, namespace)  # noqa: S102
+            exec(code, namespace)
         if block.output is not None:
             got = printed.getvalue()
             assert checker.check_output(block.output, got, flags), (
@@ -225,3 +232,118 @@ def test_store_refusals_name_real_errors() -> None:
     for row in tables(STORE)["What is refused"]:
         (name,) = re.findall(r"`(\w+)`", row[1])
         assert issubclass(getattr(errors, name), errors.TrakError)
+
+
+# -- what pages refer to ----------------------------------------------------------------
+
+LOOSE = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md")]
+EVERY = [*LOOSE, *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def prose(page: Path) -> str:
+    """Give a page's text without its fenced blocks."""
+    lines = page.read_text(encoding="utf-8").split("\n")
+    for start, end, _, _ in fences("\n".join(lines)):
+        lines[start - 1 : end] = [""] * (end - start + 1)
+    return "\n".join(lines)
+
+
+def anchors(page: Path) -> list[str]:
+    found = []
+    for heading in re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE):
+        explicit = re.search(r"\{ *#([\w-]+) *\}", heading)
+        plain = heading.replace("`", "").replace("<", "").replace(">", "")
+        found.append(explicit[1] if explicit else slugify(plain, "-"))
+    return found
+
+
+@pytest.mark.parametrize("page", EVERY, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("http:", "https:")):
+            continue
+        name, _, anchor = target.partition("#")
+        other = (page.parent / name).resolve() if name else page
+        assert other.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(other), f"{page.name} links to {target}"
+
+
+def test_differences_have_anchors_of_their_own() -> None:
+    page = ROOT / "docs" / "differences.md"
+    headings = re.findall(r"^### .+$", prose(page), re.MULTILINE)
+    assert len(headings) > 15
+    assert all(re.search(r" \{ #[\w-]+ \}$", heading) for heading in headings)
+    assert len(set(anchors(page))) == len(anchors(page))
+
+
+def test_make_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    for page in EVERY:
+        text = page.read_text(encoding="utf-8")
+        named = re.findall(r"(?:^|`)make ([a-z]+)", text, re.MULTILINE)
+        assert set(named) <= targets, page.name
+        if page.name == "README.md":
+            assert {"demo", "test"} <= set(named)
+
+
+def test_the_five_commands_are_those_of_make() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    commands = fences((ROOT / "CONTRIBUTING.md").read_text())[0][3].splitlines()
+    assert len(commands) == 5
+    for command in commands:
+        module = command.replace("pytest", "python -m pytest")
+        assert f"$(BIN)/{module}" in makefile
+
+
+def test_error_names_exist() -> None:
+    for page in EVERY:
+        for name in re.findall(r"`(?:\w+\.)*(\w+Error)`", prose(page)):
+            known = hasattr(errors, name) or hasattr(builtins, name)
+            assert known, f"{page.name} names {name}"
+
+
+def test_every_public_module_is_in_the_api() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"^::: (\S+)$", text, re.MULTILINE))
+    for module in pkgutil.iter_modules(trak.__path__):
+        if not module.name.startswith("_") and module.name != "traker":
+            assert f"trak.{module.name}" in documented
+    assert {f"trak.{name}" for name in ("TRAKer", "test_install")} <= documented
+
+
+def test_every_symptom_is_in_the_table() -> None:
+    index = ROOT / "docs" / "symptoms" / "index.md"
+    linked = set(re.findall(r"\]\(([\w-]+\.md)\)", prose(index)))
+    assert linked == {p.name for p in index.parent.glob("*.md")} - {"index.md"}
+
+
+def test_a_full_disk_reads_as_the_page_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "store" / "0" / "grads.mmap"
+    _layout.make_directory(path.parent)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(errors.StoreWriteError) as caught:
+        _layout.create_array(path, (2, 2), "float32")
+    page = (ROOT / "docs" / "symptoms" / "no-space.md").read_text()
+    (shown,) = [block[3] for block in fences(page)[:1]]
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    assert doctest.OutputChecker().check_output(
+        shown, f"{caught.value.strerror}\n", flags
+    )
+
+
+def test_api_docstrings_read_as_markdown() -> None:
+    spec = importlib.util.spec_from_file_location("roles", ROOT / "docs" / "_roles.py")
+    assert spec is not None
+    assert spec.loader is not None
+    roles = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(roles)
+    text = "Solves :math:`x^2`.\n\n.. math:: y =\n     x\n\nSee :class:`~trak.TRAKer`."
+    assert roles.to_markdown(text) == (
+        "Solves \\(x^2\\).\n\n\\[\ny =\nx\n\\]\n\nSee `trak.TRAKer`."
+    )
