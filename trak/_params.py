@@ -41,7 +41,10 @@ class Selection:
         return hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """View ``(b, d)`` gradients as one ``(b, *shape)`` tensor per parameter.
+        """Cut ``(b, d)`` gradients into parameters.
+
+        Returns:
+            One view of shape ``(b, *shape)`` for each parameter.
 
         Raises:
             GradientError: If they have another shape.
