@@ -135,9 +135,12 @@ def _match(
         matches = fnmatch.filter(parameters, pattern)
         if not matches:
             close = difflib.get_close_matches(pattern, parameters, n=3, cutoff=0.3)
+            known = (
+                f"the closest are {close}" if close else f"such as {[*parameters][:3]}"
+            )
             raise OptionError(
                 f"grad_wrt names {pattern!r}, which matches none of the model's "
-                f"{len(parameters)} parameters; the closest are {close}."
+                f"{len(parameters)} parameters; {known}."
             )
         chosen.update(matches)
     return chosen
