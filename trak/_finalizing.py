@@ -52,6 +52,11 @@ class FeatureReport:
     dtype: str
     """Type that the rows are stored in."""
 
+    @property
+    def is_remarkable(self) -> bool:
+        """Whether some examples cannot score, or most hardly can."""
+        return self.zero_rows > 0 or self.skipped_rows > 0 or self.saturated > 0.5
+
     def as_dict(self) -> dict[str, Any]:
         """Turn it into what a JSON record can hold."""
         return asdict(self)

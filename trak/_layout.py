@@ -51,7 +51,7 @@ TRAIN_ARRAYS = {
     "row_digest": ArraySpec("{model}/_row_digest.mmap", ("n", "1"), "int64"),
     "is_featurized": ArraySpec("{model}/_is_featurized.mmap", ("n", "1"), "int32"),
 }
-"""Arrays of a checkpoint, in the order in which a row is written: its flag last."""
+"""Arrays of a checkpoint; of a row, the flag is written last."""
 
 DERIVED_ARRAYS = {
     "gram": ArraySpec("{model}/gram.mmap", ("q", "q"), "float64"),

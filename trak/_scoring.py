@@ -117,7 +117,8 @@ class Scoring:
             found = finalizing.report(store, kernel, self.n, self.p)
             saver.keep_gram(gram.cpu().numpy())
             record["report"] = found.as_dict()
-            logger.info("model id %d: %s", model_id, found)
+            level = logging.WARNING if found.is_remarkable else logging.INFO
+            logger.log(level, "model id %d: %s", model_id, found)
             if del_grads or not isinstance(saver, MmapSaver):
                 self.write_features(kernel, store)
         else:

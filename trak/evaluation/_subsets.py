@@ -1,0 +1,47 @@
+"""Random training subsets to retrain on."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool
+
+from trak.errors import OptionError
+
+
+def random_subsets(
+    n: int, s: int, fraction: float = 0.5, seed: int = 0
+) -> Bool[np.ndarray, "s n"]:
+    """Draw subsets of the training set, each of exactly the same size.
+
+    Args:
+        n: Number of training examples.
+        s: Number of subsets.
+        fraction: Share of the examples in each subset, rounded down to whole
+            examples.
+        seed: Seed of the draw. The same seed draws the same subsets everywhere, and a
+            larger ``s`` appends to them.
+
+    Returns:
+        Which training examples each subset holds. Shape ``(s, n)``.
+
+    Raises:
+        OptionError: If ``s`` is negative, or a subset would hold none or all of the
+            examples.
+
+    Example:
+        >>> random_subsets(6, 2).sum(axis=1)
+        array([3, 3])
+    """
+    size = int(fraction * n)
+    if not 0 < size < n:
+        raise OptionError(
+            f"fraction={fraction} of n={n} training examples is a subset of {size}; a "
+            f"subset needs at least one example and must leave one out."
+        )
+    if s < 0:
+        raise OptionError(f"s={s} subsets cannot be drawn; pass s >= 0.")
+    rng = np.random.default_rng(seed)
+    masks = np.zeros((s, n), dtype=np.bool_)
+    for mask in masks:
+        mask[rng.permutation(n)[:size]] = True
+    return masks
