@@ -143,11 +143,10 @@ class MmapSaver(AbstractSaver):
         directory = self.save_dir / str(model_id)
         _layout.make_directory(directory)
         _layout.remove_dead_temporaries(directory)
-        for spec in self._used(_layout.TRAIN_ARRAYS).values():
-            if not (
-                spec.path.endswith("/grads.mmap") and self._grads_deleted(model_id)
-            ):
-                _layout.create_array(*self._place(spec, model_id))
+        specs = self._used(_layout.TRAIN_ARRAYS)
+        if self._grads_deleted(model_id):
+            del specs["grads"]
+        _layout.create_arrays([self._place(s, model_id) for s in specs.values()])
         self.load_current_store(model_id)
 
     def _grads_deleted(self, model_id: int) -> bool:
@@ -334,9 +333,10 @@ class MmapSaver(AbstractSaver):
                 f"experiment {exp_name!r} has {known.get('num_targets')} targets, not "
                 f"{num_targets}; use another exp_name for other targets."
             )
-        for spec in self._used(_layout.TARGET_ARRAYS).values():
-            place = self._place(spec, model_id, exp_name, num_targets)
-            _layout.create_array(*place)
+        specs = self._used(_layout.TARGET_ARRAYS).values()
+        _layout.create_arrays([
+            self._place(spec, model_id, exp_name, num_targets) for spec in specs
+        ])
         self.load_current_store(model_id)
         self.load_current_store(model_id, exp_name, num_targets)
 
