@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from trak._batches import take
+from trak._batches import describe_value, take
 from trak._layout import DONE, PENDING, SKIPPED
 from trak._linalg import RowReader, decode_half, encode_half
 from trak._params import Selection, first_non_finite
@@ -69,19 +69,11 @@ class Pipeline:
         whole = self.computer.compute_per_sample_grad
         grads = blocks(batch) if blocks else [whole(batch=batch)]
         pieces = []
+        by_parameter = getattr(self.projector, "by_parameter", False)
         for block in grads:
-            named = block
-            if isinstance(block, Tensor) and getattr(
-                self.projector, "by_parameter", False
-            ):
-                if block.ndim != 2 or block.shape[1] != self.selection.grad_dim:
-                    raise GradientError(
-                        f"{type(self.computer).__name__} gave gradients of shape "
-                        f"{tuple(block.shape)}; ({size}, {self.selection.grad_dim}) is "
-                        f"needed."
-                    )
-                named = self.selection.split(block)
-            pieces.append(self.projector.project(named, model_id=self.model_id))
+            if by_parameter and isinstance(block, Tensor):
+                block = self.selection.split(block)
+            pieces.append(self.projector.project(block, model_id=self.model_id))
         rows = torch.cat(pieces).detach()
         if rows.shape != (size, self.proj_dim):
             raise GradientError(
@@ -103,14 +95,14 @@ class Pipeline:
         Raises:
             TaskError: If the task gives another number of them.
         """
-        weights = self.computer.compute_loss_grad(batch).detach()
-        if weights.numel() != size or len(weights) != size:
-            raise TaskError(
-                f"{type(self.computer.modelout_fn).__name__}.get_out_to_loss_grad gave "
-                f"shape {tuple(weights.shape)} for a batch of {size}; ({size}, 1) is "
-                f"needed."
-            )
-        return weights.reshape(size, 1).float()
+        weights: object = self.computer.compute_loss_grad(batch)
+        if isinstance(weights, Tensor) and weights.shape in {(size,), (size, 1)}:
+            return weights.detach().reshape(size, 1).float()
+        raise TaskError(
+            f"{type(self.computer.modelout_fn).__name__}.get_out_to_loss_grad gave "
+            f"{describe_value(weights)} for a batch of {size}; a tensor of shape "
+            f"({size}, 1) is needed."
+        )
 
     def non_finite(
         self, batch: Batch, position: int, index: int, weight: Tensor | None
@@ -186,6 +178,8 @@ def store_batch(
     weights = pipeline.out_to_loss(batch, len(inds)) if pipeline.weighted else None
     rows = pipeline.rows(batch, len(inds))
     check_same_rows(store, prefix, flag, inds, rows, changed, pipeline.what)
+    if not pending.any():
+        return
     finite = finite_rows(rows, weights)
     bad = np.flatnonzero(pending & ~finite)
     if len(bad) and not skip:
@@ -194,7 +188,8 @@ def store_batch(
         raise pipeline.non_finite(batch, position, int(inds[position]), weight)
     extras = {f"{prefix}row_digest": digests[pending][:, None]}
     if weights is not None and exp_name is None:
-        extras["out_to_loss"] = weights.cpu().numpy()[pending]
+        known = np.where(finite[:, None], weights.cpu().numpy(), np.float32(0))
+        extras["out_to_loss"] = known[pending]
     chosen = torch.from_numpy(pending)
     write_rows(
         store, prefix, flag, inds[pending], rows.cpu()[chosen], extras, finite[pending]
@@ -231,7 +226,7 @@ def write_rows(
         rows: Projected gradients. Shape ``(k, p)``.
         extras: Further arrays by name, each with ``k`` rows; those that the store does
             not have are left out.
-        finite: Which rows are finite; the others are written as zeros and marked.
+        finite: Which rows are finite; the others become zeros and are marked.
 
     Raises:
         StoreWriteError: If a value does not survive in the store's own type.
@@ -254,11 +249,7 @@ def write_rows(
         values[f"{prefix}grads"] = stored
     for name, value in values.items():
         if name in store:
-            store[name][inds] = np.where(
-                finite.reshape(-1, *[1] * (value.ndim - 1)),
-                value,
-                np.zeros((), value.dtype),
-            ).reshape(len(inds), -1)
+            store[name][inds] = value.reshape(len(inds), -1)
             _flush(store[name])
     if flag in store:
         flags = store[flag]
@@ -349,6 +340,11 @@ def check_same_rows(
         index = int(inds[position])
         if int(np.asarray(store[flag][index]).reshape(-1)[0]) == SKIPPED:
             continue
+        if f"{prefix}grads" not in store:
+            raise StaleRowError(
+                f"{what} {index} is stored already, but from other data, and del_grads "
+                f"deleted the gradient to compare with; use another save_dir."
+            )
         old = read_rows(store, prefix, torch.device("cpu"))(index, index + 1)[0]
         new = rows[position].cpu()
         if not torch.linalg.norm(new - old) <= SAME_ROW * torch.linalg.norm(old):

@@ -12,7 +12,7 @@ import numpy as np
 
 from trak import _layout
 from trak._layout import ArraySpec
-from trak.errors import ExperimentError, ModelIDException
+from trak.errors import ExperimentError, ModelIDException, StoreError
 from trak.savers._abstract import AbstractSaver
 from trak.savers._lazy import FeatureMaker, LazyStore
 from trak.savers._records import (
@@ -116,6 +116,7 @@ class MmapSaver(AbstractSaver):
 
         Raises:
             ModelIDException: If the id is taken.
+            StoreError: If its files cannot be made; the id is then free again.
         """
         if model_id in self.model_ids and not _allow_featurizing_already_registered:
             raise ModelIDException(
@@ -124,8 +125,14 @@ class MmapSaver(AbstractSaver):
             )
         if self._record_path(model_id).exists():  # by another process, meanwhile
             self.model_ids.update(read_model_record(self._record_path(model_id)))
+        fresh = model_id not in self.model_ids
         self.model_ids.setdefault(model_id, {"is_featurized": 0, "is_finalized": 0})
-        self.init_store(model_id)
+        try:
+            self.init_store(model_id)
+        except StoreError:
+            if fresh:  # so that it can be tried again
+                del self.model_ids[model_id]
+            raise
 
     def init_store(self, model_id: int) -> None:
         """Make the arrays of a checkpoint where they are not there, and load them.
@@ -136,11 +143,10 @@ class MmapSaver(AbstractSaver):
         directory = self.save_dir / str(model_id)
         _layout.make_directory(directory)
         _layout.remove_dead_temporaries(directory)
-        for spec in self._used(_layout.TRAIN_ARRAYS).values():
-            if not (
-                spec.path.endswith("/grads.mmap") and self._grads_deleted(model_id)
-            ):
-                _layout.create_array(*self._place(spec, model_id))
+        specs = self._used(_layout.TRAIN_ARRAYS)
+        if self._grads_deleted(model_id):
+            del specs["grads"]
+        _layout.create_arrays([self._place(s, model_id) for s in specs.values()])
         self.load_current_store(model_id)
 
     def _grads_deleted(self, model_id: int) -> bool:
@@ -179,16 +185,26 @@ class MmapSaver(AbstractSaver):
             mode: How NumPy maps the files: ``"r"``, ``"r+"`` or ``"c"``.
 
         Raises:
-            ModelIDException: If the checkpoint has no arrays.
-            ExperimentError: If the experiment has none on this checkpoint.
+            ModelIDException: If the checkpoint is unknown, or has no arrays.
+            ExperimentError: If the experiment is, or has none on this checkpoint.
         """
-        self.current_model_id = model_id
+        if model_id not in self.model_ids:
+            raise ModelIDException(
+                f"model id {model_id} is not in {self.save_dir}; featurize it first."
+            )
         mode = mode or "r+"
         if exp_name is None:
             self.current_store = self._load_training(model_id, mode)
+            self.current_model_id = model_id
             return
-        self.current_experiment_name = exp_name
+        if self.current_model_id != model_id:
+            self.load_current_store(model_id, mode=mode)
         if exp_num_targets is None or exp_num_targets < 0:
+            if exp_name not in self.experiments:
+                raise ExperimentError(
+                    f"There is no experiment {exp_name!r}; {self.save_dir} has "
+                    f"{sorted(self.experiments)}."
+                )
             exp_num_targets = int(self.experiments[exp_name]["num_targets"])
         specs = self._used(_layout.TARGET_ARRAYS)
         places = {
@@ -200,6 +216,7 @@ class MmapSaver(AbstractSaver):
                 f"experiment {exp_name!r} has no targets on model id {model_id}; score "
                 f"them with start_scoring_checkpoint and score first."
             )
+        self.current_experiment_name = exp_name
         for key, place in places.items():
             self.current_store[key] = _layout.open_array(*place, mode)
         scores = self._place(_layout.SCORES, model_id, exp_name, exp_num_targets)
@@ -215,7 +232,8 @@ class MmapSaver(AbstractSaver):
             if not place[0].exists():
                 raise ModelIDException(
                     f"model id {model_id} has no {place[0].name} in {place[0].parent}; "
-                    f"delete that directory and featurize this checkpoint again."
+                    f"delete that directory and {self._record_path(model_id).name}, and "
+                    f"featurize this checkpoint again."
                 )
             store[key] = _layout.open_array(*place, mode)
         for key, spec in _layout.DERIVED_ARRAYS.items():
@@ -315,9 +333,10 @@ class MmapSaver(AbstractSaver):
                 f"experiment {exp_name!r} has {known.get('num_targets')} targets, not "
                 f"{num_targets}; use another exp_name for other targets."
             )
-        for spec in self._used(_layout.TARGET_ARRAYS).values():
-            place = self._place(spec, model_id, exp_name, num_targets)
-            _layout.create_array(*place)
+        specs = self._used(_layout.TARGET_ARRAYS).values()
+        _layout.create_arrays([
+            self._place(spec, model_id, exp_name, num_targets) for spec in specs
+        ])
         self.load_current_store(model_id)
         self.load_current_store(model_id, exp_name, num_targets)
 
