@@ -11,7 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from trak._batches import batch_size, canonical, check_device, row_digests
-from trak._checkpoints import check_mode, check_weights, ids_of_weights, load_weights
+from trak._checkpoints import (
+    Loaded,
+    check_loaded,
+    check_mode,
+    check_weights,
+    ids_of_weights,
+    load_weights,
+    note_loaded,
+)
 from trak._featurizing import Pipeline, first_difference, store_batch
 from trak._layout import PENDING, check_exp_name
 from trak._options import (
@@ -62,6 +70,7 @@ class Session:
     proj_dim: int
     scale: float
     _current: Current | None = None
+    _loaded: Loaded | None = None
     _experiment: str | None = None
     _cursors: dict[tuple[int, str | None], int] = field(default_factory=dict)
 
@@ -94,8 +103,7 @@ class Session:
             check_weights(saver.model_ids, model_id, weights)
             saver.model_ids[model_id]["weights"] = weights
             saver.serialize_current_model_id_metadata()
-        self.computer.load_model_params(self.computer.model)
-        self._begin(model_id, None, self.options.train_set_size)
+        self._begin(model_id, None, self.options.train_set_size, weights)
 
     def load_for_scoring(self, call: ScoringCall) -> None:
         """Load a checkpoint; the next batches are targets of an experiment.
@@ -124,9 +132,8 @@ class Session:
         require_finalized(self.saver, model_id)
         check_weights(self.saver.model_ids, model_id, weights)
         self.saver.init_experiment(exp_name, call.num_targets, model_id)
-        self.computer.load_model_params(self.computer.model)
         self._experiment = exp_name
-        self._begin(model_id, exp_name, call.num_targets)
+        self._begin(model_id, exp_name, call.num_targets, weights)
 
     def select(
         self, exp_name: str | None, model_ids: Iterable[int] | None
@@ -155,7 +162,11 @@ class Session:
             )
         return exp_name, parse_model_ids(model_ids, self.saver.model_ids)
 
-    def _begin(self, model_id: int, exp_name: str | None, total: int) -> None:
+    def _begin(
+        self, model_id: int, exp_name: str | None, total: int, weights: str
+    ) -> None:
+        self.computer.load_model_params(self.computer.model)
+        self._loaded = note_loaded(self.computer.model, weights)
         other = self._other_rows(model_id) if exp_name is None else None
         self._cursors[model_id, exp_name] = 0
         self._current = Current(model_id, exp_name, total, other)
@@ -179,7 +190,8 @@ class Session:
             OrderError: If no checkpoint is loaded for that.
         """
         current = self._current
-        if current is None or bool(current.exp_name) != targets:
+        loaded = self._loaded
+        if current is None or loaded is None or bool(current.exp_name) != targets:
             call = "start_scoring_checkpoint" if targets else "load_checkpoint"
             raise OrderError(
                 f"No checkpoint is loaded for {'scoring' if targets else 'featurizing'}; "
@@ -193,6 +205,8 @@ class Session:
         rows = parse_rows(inds, num_samples, size, cursor, current.total, what)
         check_device(batch, self.options.device)
         check_mode(self.computer.model)
+        self._loaded = check_loaded(self.computer.model, loaded, current.model_id)
+        self._load_rows(current)
         digests = row_digests(batch)
         self._compare(current, rows, digests)
         pipeline = Pipeline(
@@ -212,6 +226,14 @@ class Session:
             self._cursors[current.model_id, exp_name] = cursor + size
         if not exp_name:
             self._note_completion(current.model_id)
+
+    def _load_rows(self, current: Current) -> None:
+        """Load the arrays that rows go to, in case somebody looked at others."""
+        saver, name = self.saver, current.exp_name
+        if saver.current_model_id != current.model_id:
+            saver.load_current_store(current.model_id)
+        if name is not None and f"{name}_grads" not in saver.current_store:
+            saver.load_current_store(current.model_id, name, current.total)
 
     def _note_completion(self, model_id: int) -> None:
         record = self.saver.model_ids[model_id]

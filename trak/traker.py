@@ -217,7 +217,7 @@ class TRAKer:
             num_samples: Their number; it is inferred, and checked if given.
 
         Raises:
-            OrderError: If no checkpoint is loaded.
+            OrderError: If no checkpoint is loaded, or the model has changed since.
             BatchError: If the batch does not fit ``inds`` or the training set.
             NonFiniteError: If a gradient is not finite and ``on_non_finite="raise"``.
             StaleRowError: If a stored row came from another example.
@@ -303,7 +303,7 @@ class TRAKer:
             num_samples: Their number; it is inferred, and checked if given.
 
         Raises:
-            OrderError: If no checkpoint is loaded for scoring.
+            OrderError: If no checkpoint is loaded for scoring, or the model has changed.
             BatchError: If the batch does not fit ``inds`` or the number of targets.
             NonFiniteError: If a gradient is not finite.
             StaleRowError: If a stored row came from another target.
