@@ -268,7 +268,7 @@ class Scoring:
     def _whole(
         self, sides: Sequence[Side], weight: Float64[Tensor, " n"], m: int
     ) -> Iterator[Block]:
-        total = torch.zeros(self.n, m)
+        total = torch.zeros(self.n, m, dtype=torch.float32, device="cpu")
         for side in sides:
             train, targets = side.train(0, self.n), side.targets(0, m)
             self.computer.get_scores(train, targets, accumulator=total)

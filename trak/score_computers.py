@@ -21,6 +21,7 @@ from trak._linalg import (
     damp,
     gram,
     mean_eigenvalue,
+    product,
     pseudo_inverse,
     spans,
 )
@@ -167,7 +168,7 @@ class BasicScoreComputer(AbstractScoreComputer):
         total = torch.zeros(p, p, dtype=torch.float64, device=self.device)
         for low, high in spans(len(grads), self.CUDA_MAX_DIM_SIZE):
             rows = grads[low:high].to(self.device, torch.float32)
-            total += rows.T @ rows
+            total += product(rows.T, rows)
         return total
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ class BasicScoreComputer(AbstractScoreComputer):
         targets = target_grads.to(self.device, torch.float32).T
         for low, high in spans(len(features), self.CUDA_MAX_DIM_SIZE):
             rows = features[low:high].to(self.device, torch.float32)
-            accumulator[low:high] += (rows @ targets).to(accumulator.device)
+            accumulator[low:high] += product(rows, targets).to(accumulator.device)
 
     def kernel(self, xtx: Float64[Tensor, "q q"], n: int, p: int) -> Kernel:
         """Damp and factor a Gram matrix of the features.
@@ -275,10 +276,14 @@ class BasicScoreComputer(AbstractScoreComputer):
         for start, stop in spans(m, width):
             parts = [self._right(side, n, p, start, stop) for side in sides]
             for low, high in spans(n, height):
-                total = torch.zeros(high - low, stop - start, device=self.device)
+                total = torch.zeros(
+                    high - low, stop - start, dtype=torch.float32, device=self.device
+                )
                 for side, (right, is_score) in zip(sides, parts, strict=True):
                     total += (
-                        right[low:high] if is_score else side.train(low, high) @ right
+                        right[low:high]
+                        if is_score
+                        else product(side.train(low, high), right)
                     )
                 yield Block((low, high), (start, stop), total * scale[low:high])
 
@@ -291,7 +296,8 @@ class BasicScoreComputer(AbstractScoreComputer):
             return targets, False
         if n > p:
             return side.kernel().solve(targets).float(), False
-        products = [side.train(lo, hi) @ targets for lo, hi in spans(n, TILE // p + 1)]
+        pieces = spans(n, TILE // p + 1)
+        products = [product(side.train(lo, hi), targets) for lo, hi in pieces]
         return side.kernel().solve(torch.cat(products)).float(), True
 
     def self_influence(self, side: Side, n: int, p: int) -> Float64[Tensor, " n"]:
@@ -341,7 +347,8 @@ class BasicSingleBlockScoreComputer(BasicScoreComputer):
             target_grads: Projected gradients :math:`G` of the targets. Shape ``(m, p)``.
             accumulator: Changed in place. Shape ``(n, m)``.
         """
-        products = features.to(self.device) @ target_grads.to(self.device).float().T
+        targets = target_grads.to(self.device, torch.float32).T
+        products = product(features.to(self.device, torch.float32), targets)
         accumulator += products.to(accumulator.device)
 
 

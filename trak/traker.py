@@ -127,7 +127,8 @@ class TRAKer:
         self.num_params = sum(value.numel() for value in model.parameters())
         self.num_params_for_grad = options.selection.grad_dim
         self.proj_seed = options.projector_seed
-        self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
+        scale = math.sqrt(self.num_params_for_grad)
+        self.normalize_factor = torch.tensor(scale)
         built = build_projector(projector, options)
         self.proj_dim = built.proj_dim or self.num_params_for_grad
         self.gradient_computer = build_gradient_computer(
@@ -151,12 +152,7 @@ class TRAKer:
             self.saver.make_features = self._scoring.make_features
         self.scores: np.ndarray | None = None
         self._session = Session(
-            self.saver,
-            self.gradient_computer,
-            built,
-            options,
-            self.proj_dim,
-            float(self.normalize_factor),
+            self.saver, self.gradient_computer, built, options, self.proj_dim, scale
         )
 
     @property
@@ -380,7 +376,7 @@ class TRAKer:
     def self_influence(
         self, model_ids: Iterable[int] | None = None
     ) -> Float32[np.ndarray, " n"]:
-        """Compute each training example's score on itself, in ``O(n)`` memory.
+        """Compute each training example's score on itself; no ``(n, n)`` scores are made.
 
         Large values mark examples that the model could not predict without having seen
         them: atypical, or mislabelled.
