@@ -315,6 +315,9 @@ class Scoring:
         with self.saver.open_scores(exp_name, m) as array:
             for block in self.blocks(exp_name, model_ids):
                 array[slice(*block.rows), slice(*block.columns)] = block.values.cpu()
+        self.saver.experiments[exp_name].update(
+            model_ids=list(model_ids), finalized_with=describe(self.computer)
+        )
         self.saver.save_scores(exp_name)
         scores: np.ndarray = self.saver.current_store[f"{exp_name}_scores"]
         return scores

@@ -90,6 +90,7 @@ class Session:
         """
         self.end()
         saver = self.saver
+        saver.refresh()
         weights = load_weights(self.computer.model, checkpoint)
         if model_id is None:
             same = ids_of_weights(saver.model_ids, weights)
@@ -119,6 +120,7 @@ class Session:
             DEFAULT_EXPERIMENT if call.exp_name is None else call.exp_name
         )
         self.end()
+        self.saver.refresh()
         weights = load_weights(self.computer.model, call.checkpoint)
         model_id = call.model_id
         if model_id is None:
@@ -150,7 +152,7 @@ class Session:
         Raises:
             ExperimentError: If there is no such experiment.
         """
-        self.end()
+        ids = self.choose(model_ids)
         experiments = self.saver.experiments
         if exp_name is None:
             only = next(iter(experiments)) if len(experiments) == 1 else None
@@ -160,7 +162,21 @@ class Session:
                 f"There is no experiment {exp_name!r}; the store has "
                 f"{sorted(experiments)}. Score targets before finalize_scores."
             )
-        return exp_name, parse_model_ids(model_ids, self.saver.model_ids)
+        return exp_name, ids
+
+    def choose(self, model_ids: Iterable[int] | None) -> list[int]:
+        """Take no more batches, and find the checkpoints that a call means.
+
+        Args:
+            model_ids: The checkpoints; None for all, those that other processes added
+                among them.
+
+        Returns:
+            Their ids.
+        """
+        self.end()
+        self.saver.refresh()
+        return parse_model_ids(model_ids, self.saver.model_ids)
 
     def _begin(
         self, model_id: int, exp_name: str | None, total: int, weights: str

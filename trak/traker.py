@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from trak._finalizing import FeatureReport, read_reports
-from trak._options import parse_model_ids, parse_options, parse_scoring_call, positive
+from trak._options import parse_options, parse_scoring_call, positive
 from trak._scoring import Scoring, TopScores
 from trak._seams import (
     build_gradient_computer,
@@ -240,8 +240,7 @@ class TRAKer:
             SingularKernelError: If a kernel cannot be inverted with this damping.
         """
         self.projector.free_memory()
-        self._session.end()
-        ids = parse_model_ids(model_ids, self.saver.model_ids)
+        ids = self._session.choose(model_ids)
         self._scoring.finalize_all(ids, del_grads=del_grads)
 
     @overload
@@ -376,7 +375,7 @@ class TRAKer:
     def self_influence(
         self, model_ids: Iterable[int] | None = None
     ) -> Float32[np.ndarray, " n"]:
-        """Compute each training example's score on itself; no ``(n, n)`` scores are made.
+        """Compute each training example's score on itself, in ``min(n, p)**2`` memory.
 
         Large values mark examples that the model could not predict without having seen
         them: atypical, or mislabelled.
@@ -391,6 +390,5 @@ class TRAKer:
             ModelIDException: If there is no checkpoint, or one is not finalized.
             SingularKernelError: If gradients were deleted, or scores are a custom class's.
         """
-        self._session.end()
-        ids = parse_model_ids(model_ids, self.saver.model_ids)
+        ids = self._session.choose(model_ids)
         return self._scoring.self_influence(ids)

@@ -252,6 +252,23 @@ class MmapSaver(AbstractSaver):
             return None
         return {key: _layout.open_array(*place, "r") for key, place in places.items()}
 
+    def refresh(self) -> None:
+        """Read what other processes have written since.
+
+        Checkpoints and experiments that they added take part from now on, unless
+        ``load_from_save_dir`` was False; checkpoints that they finalized are finalized.
+        """
+        for path in sorted(self.save_dir.glob("id_*.json")):
+            for model_id, found in read_model_record(path).items():
+                mine = self.model_ids.get(model_id)
+                if mine is None and self.load_from_save_dir:
+                    self.model_ids[model_id] = found
+                elif mine is not None and not mine["is_finalized"]:
+                    mine.update(found)
+        if self.load_from_save_dir:
+            for path in sorted(self._experiment_dir.glob("*.json")):
+                self.experiments.setdefault(path.stem, read_experiment_record(path))
+
     # -- results ----------------------------------------------------------------------
 
     @contextlib.contextmanager
