@@ -1,4 +1,4 @@
-"""A model that changes between loading a checkpoint and using it."""
+"""Models and checkpoints that are not what they seem, or do not stay it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from tests.problems import (
     featurize,
     make,
     mlp,
+    randomized,
+    run,
     score,
     sparse,
     split,
 )
-from trak.errors import OrderError
+from trak.errors import CheckpointError, GradientError, OptionError, OrderError
 from trak.gradient_computers import (
     FunctionalGradientComputer,
     IterativeGradientComputer,
 )
+from trak.modelout_functions import resolve_task
 
 
 def train_on(problem: Problem) -> None:
@@ -101,3 +104,81 @@ def test_looking_at_another_checkpoint_does_not_redirect_rows(tmp_path: Path) ->
             traker.saver.load_current_store(1)
     scores = torch.from_numpy(traker.finalize_scores("exp") + 0.0)
     assert_scores(scores, problem.expected(sparse(problem)))
+
+
+def wrapped_by_compile(model: torch.nn.Module) -> torch.nn.Module:
+    wrapped: torch.nn.Module = torch.compile(model, backend="eager")
+    return wrapped
+
+
+@pytest.mark.parametrize(
+    ("wrap", "prefix"),
+    [(torch.nn.DataParallel, "module."), (wrapped_by_compile, "_orig_mod.")],
+)
+def test_wrapped_models_and_their_checkpoints(
+    tmp_path: Path, wrap: Callable[[torch.nn.Module], torch.nn.Module], prefix: str
+) -> None:
+    plain, wrapped = classification(mlp(), 4), classification(mlp(), 4)
+    wrapped.model = wrap(wrapped.model)
+    options = {"gradient_computer": IterativeGradientComputer}
+    saved = {prefix + k: value for k, value in plain.checkpoints[0].items()}
+    with pytest.raises(CheckpointError, match=f"removeprefix.'{prefix}'"):
+        make(plain, tmp_path / "1").load_checkpoint(saved)
+    traker = make(wrapped, tmp_path / "2", **options)
+    with pytest.raises(CheckpointError, match="with the model inside"):
+        traker.load_checkpoint(plain.checkpoints[0])
+    wrapped.checkpoints = [saved]
+    scores = run(wrapped, tmp_path / "3", **options)
+    assert_scores(scores, wrapped.expected(sparse(wrapped)))
+
+
+def test_the_functional_engine_cannot_call_data_parallel(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4)
+    problem.model = torch.nn.DataParallel(problem.model)
+    with pytest.raises(GradientError, match=r"model\.module"):
+        make(problem, tmp_path)
+
+
+def test_a_model_without_values(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4)
+    problem.model = problem.model.to("meta")
+    with pytest.raises(OptionError, match="to_empty"):
+        make(problem, tmp_path)
+
+
+class Embedding(torch.nn.Module):
+    """Word vectors, whose gradients may be sparse, before layers of other types."""
+
+    def __init__(self, *, sparse: bool, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.shift = torch.nn.Parameter(torch.zeros(4, dtype=dtype))
+        self.embed = torch.nn.Embedding(5, 4, sparse=sparse, dtype=torch.float64)
+        self.head = torch.nn.Linear(4, 3, dtype=torch.float64)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.tanh(self.embed(ids) + self.shift))
+        return logits
+
+
+@pytest.mark.parametrize("sparse_gradients", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_sparse_gradients_and_parameters_of_several_types(
+    tmp_path: Path, dtype: torch.dtype, sparse_gradients: bool
+) -> None:
+    model = Embedding(sparse=sparse_gradients, dtype=dtype)
+    ids = torch.arange(11) % 5
+    checkpoint = randomized(model, 0)
+    problem = Problem(
+        model, (ids, ids % 3), (ids[:4], ids[:4] % 2), 11, 4, [checkpoint]
+    )
+    computer = IterativeGradientComputer(model, resolve_task("image_classification"))
+    model.load_state_dict(checkpoint)
+    rows = computer.compute_per_sample_grad(problem.train)
+    assert rows.dtype == torch.float64
+    model.embed.sparse = False
+    expected = problem.gradients(checkpoint, problem.train, 11)
+    model.embed.sparse = sparse_gradients
+    first = expected[:, :4].to(dtype).double()
+    torch.testing.assert_close(rows, torch.cat([first, expected[:, 4:]], 1))
+    scores = run(problem, tmp_path, gradient_computer=IterativeGradientComputer)
+    assert torch.isfinite(scores).all()

@@ -20,6 +20,12 @@ from trak.errors import (
     OrderError,
 )
 
+_WRAPPERS = {
+    "module.": "DistributedDataParallel or DataParallel",
+    "_orig_mod.": "torch.compile",
+}
+"""What puts which prefix before every name of a model."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -137,12 +143,8 @@ def _check_fit(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> None
     missing = [key for key in own if key not in checkpoint]
     unexpected = [key for key in checkpoint if key not in own]
     if missing or unexpected:
-        hint = ""
-        if any(str(key).removeprefix("module.") in own for key in unexpected):
-            hint = (
-                " The keys begin with 'module.', as DistributedDataParallel saves them."
-            )
-        elif "state_dict" in checkpoint or "model" in checkpoint:
+        hint = _hint_at_wrapper(missing, unexpected)
+        if not hint and ("state_dict" in checkpoint or "model" in checkpoint):
             hint = " The state dict seems to be one of the checkpoint's entries."
         raise CheckpointError(
             f"the checkpoint does not fit {type(model).__name__}: missing {missing[:5]} "
@@ -156,6 +158,21 @@ def _check_fit(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> None
                 f"the checkpoint's {key!r} has shape "
                 f"{tuple(getattr(other, 'shape', ()))}, the model's {tuple(value.shape)}."
             )
+
+
+def _hint_at_wrapper(missing: list[str], unexpected: list[Any]) -> str:
+    for prefix, wrapper in _WRAPPERS.items():
+        if any(str(key).removeprefix(prefix) in missing for key in unexpected):
+            return (
+                f" The checkpoint's keys begin with {prefix!r}, as {wrapper} saves them; "
+                f"take that off, e.g. with key.removeprefix({prefix!r})."
+            )
+        if any(key.removeprefix(prefix) in unexpected for key in missing):
+            return (
+                f" The model is wrapped by {wrapper} and the checkpoint's was not; make "
+                f"the TRAKer with the model inside."
+            )
+    return ""
 
 
 def check_mode(model: torch.nn.Module) -> None:

@@ -218,12 +218,18 @@ def parse_device(
         The device of the model's parameters.
 
     Raises:
-        OptionError: If the model has no parameters, or is on another device.
+        OptionError: If the model has no parameters or no values, or is on another
+            device.
     """
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise OptionError(
             "model has no parameters, so there is nothing to attribute to."
+        )
+    if parameter.is_meta:
+        raise OptionError(
+            "model is on the meta device, where no checkpoint can be loaded into it; "
+            "move it first, e.g. with model.to_empty(device='cpu')."
         )
     if device is None:
         return parameter.device

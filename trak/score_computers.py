@@ -6,6 +6,7 @@ No files, no order of calls: rows come through readers, results leave as blocks.
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ from trak._linalg import (
 )
 from trak._options import Damping, parse_damping
 from trak.errors import SingularKernelError
+
+SMALLEST = 2.0**-126
+"""Mean square of gradients below which their products lose digits in float32."""
 
 
 class AbstractScoreComputer(ABC):
@@ -154,6 +158,7 @@ class BasicScoreComputer(AbstractScoreComputer):
         super().__init__(dtype, device, logging_level, lambda_reg)
         self.CUDA_MAX_DIM_SIZE = CUDA_MAX_DIM_SIZE
         self._damping = parse_damping(lambda_reg)
+        self.lambda_reg = self._damping.lambda_reg  # so that 1 and 1.0 are one setting
 
     def get_xtx(self, grads: Tensor) -> Tensor:
         r"""Compute :math:`X^\top X` in blocks of rows.
@@ -223,12 +228,7 @@ class BasicScoreComputer(AbstractScoreComputer):
                 than projected entries and no damping, or the conditioning is too bad.
         """
         average = mean_eigenvalue(xtx) * len(xtx) / min(n, p)
-        if average == 0:
-            raise SingularKernelError(
-                f"All gradients of the {n} training examples are zero, so there is "
-                f"nothing to attribute to. Are the right parameters selected, and is the "
-                f"model output not constant?"
-            )
+        _check_range(average * min(n, p) / (n * p), n)
         if self._damping.is_pseudo_inverse:
             return pseudo_inverse(xtx)
         if n < p and self._damping.lambda_reg == 0:
@@ -350,6 +350,22 @@ class BasicSingleBlockScoreComputer(BasicScoreComputer):
         targets = target_grads.to(self.device, torch.float32).T
         products = product(features.to(self.device, torch.float32), targets)
         accumulator += products.to(accumulator.device)
+
+
+def _check_range(mean_square: float, n: int) -> None:
+    if mean_square == 0:
+        raise SingularKernelError(
+            f"All gradients of the {n} training examples are zero, or below 1e-22, so "
+            f"there is nothing to attribute to. Are the right parameters selected, and is "
+            f"the model output not constant?"
+        )
+    if not SMALLEST <= mean_square < math.inf:
+        raise SingularKernelError(
+            f"The projected gradients of the {n} training examples have a mean square of "
+            f"{mean_square:.0e}, and float32 sums hold squares from {SMALLEST:.0e} to "
+            f"3e+38. Multiply the task's output by a constant that brings the gradients "
+            f"nearer to 1, and its out-to-loss by the inverse."
+        )
 
 
 def as_blocked(computer: AbstractScoreComputer) -> BasicScoreComputer | None:
