@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,7 @@ from tests.problems import (
     sparse,
     split,
 )
+from trak._batches import row_digests
 from trak.errors import CheckpointError, GradientError, OptionError, OrderError
 from trak.gradient_computers import (
     FunctionalGradientComputer,
@@ -182,3 +184,8 @@ def test_sparse_gradients_and_parameters_of_several_types(
     torch.testing.assert_close(rows, torch.cat([first, expected[:, 4:]], 1))
     scores = run(problem, tmp_path, gradient_computer=IterativeGradientComputer)
     assert torch.isfinite(scores).all()
+
+
+def test_sparse_batches_have_digests_too() -> None:
+    dense = torch.eye(3)[[0, 2, 1]]
+    np.testing.assert_array_equal(row_digests(dense.to_sparse()), row_digests(dense))

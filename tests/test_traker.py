@@ -32,7 +32,7 @@ from trak.gradient_computers import (
 )
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.projectors import BasicProjector, NoOpProjector, SparseProjector
-from trak.score_computers import BasicSingleBlockScoreComputer
+from trak.score_computers import BasicScoreComputer, BasicSingleBlockScoreComputer
 
 COMPUTERS = [FunctionalGradientComputer, IterativeGradientComputer]
 
@@ -419,3 +419,17 @@ class Scaled(ImageClassificationModelOutput):
 
     def get_output(self, model: Any, weights: Any, buffers: Any, *example: Any) -> Any:
         return self.factor * super().get_output(model, weights, buffers, *example)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_score_computer_on_another_device(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4)
+    expected = problem.expected(sparse(problem))
+    problem.model.cuda()
+    problem.train, problem.targets = (
+        tuple(tensor.cuda() for tensor in batch)
+        for batch in (problem.train, problem.targets)
+    )
+    scores = run(problem, tmp_path, score_computer=BasicScoreComputer(device="cpu"))
+    assert_scores(scores, expected)

@@ -100,7 +100,8 @@ def test_a_checkpoint_gets_its_id_back_from_its_weights(tmp_path: Path) -> None:
     assert again.saver.current_model_id == 1
     again.load_checkpoint(problem.checkpoints[2])
     assert again.saver.current_model_id == 2
-    again.load_checkpoint(problem.checkpoints[0], model_id=7)
+    with pytest.warns(TrakWarning, match="the same weights as model id 0, so it adds"):
+        again.load_checkpoint(problem.checkpoints[0], model_id=7)
     again.load_checkpoint(problem.checkpoints[0])
     assert again.saver.current_model_id == 0
 

@@ -79,7 +79,8 @@ class Scoring:
         """
         if not model_ids:
             raise NoCheckpointError(
-                "There is no checkpoint to finalize; load_checkpoint and featurize first."
+                "There is no checkpoint to finalize: model_ids is empty, or nothing was "
+                "featurized yet; load_checkpoint and featurize first."
             )
         for model_id in model_ids:
             require_featurized(self.saver, model_id)

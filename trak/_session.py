@@ -96,15 +96,27 @@ class Session:
             same = ids_of_weights(saver.model_ids, weights)
             model_id = min(same, default=max(saver.model_ids, default=-1) + 1)
         model_id = integer("model_id", model_id)
+        twins: list[int] = []
         if model_id in saver.model_ids:
             check_weights(saver.model_ids, model_id, weights)
             saver.load_current_store(model_id)
         else:
             saver.register_model_id(model_id, allow_known)
             check_weights(saver.model_ids, model_id, weights)
+            twins = [
+                i for i in ids_of_weights(saver.model_ids, weights) if i != model_id
+            ]
             saver.model_ids[model_id]["weights"] = weights
             saver.serialize_current_model_id_metadata()
         self._begin(model_id, None, self.options.train_set_size, weights)
+        if twins:
+            warnings.warn(
+                f"model id {model_id} has the same weights as model id {twins[0]}, so it "
+                f"adds only another projection of them. Does a list hold one state dict "
+                f"several times? state_dict() gives references; copy.deepcopy each.",
+                TrakWarning,
+                stacklevel=3,
+            )
 
     def load_for_scoring(self, call: ScoringCall) -> None:
         """Load a checkpoint; the next batches are targets of an experiment.

@@ -143,7 +143,7 @@ class TRAKer:
         self._scoring = Scoring(
             self.saver,
             self.score_computer,
-            self.device,
+            torch.device(getattr(self.score_computer, "device", self.device)),
             self.train_set_size,
             self.proj_dim,
             quiet=logging_level > logging.INFO,
@@ -359,7 +359,7 @@ class TRAKer:
             allow_skip: As in :meth:`finalize_scores`.
 
         Returns:
-            ``scores`` and ``indices``, best first. Shapes ``(m, k)``.
+            ``scores`` and ``indices``, best first, ties in any order. Shapes ``(m, k)``.
 
         Raises:
             OptionError: If ``k`` is not between 1 and ``n``.
