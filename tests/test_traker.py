@@ -421,6 +421,34 @@ class Scaled(ImageClassificationModelOutput):
         return self.factor * super().get_output(model, weights, buffers, *example)
 
 
+class Doubling(torch.nn.Module):
+    """A model that may write to its input before anything else."""
+
+    def __init__(self, *, inplace: bool) -> None:
+        super().__init__()
+        self.layers = mlp()
+        self.inplace = inplace
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if self.inplace:
+            inputs *= 2
+        else:
+            inputs = inputs * 2
+        logits: torch.Tensor = self.layers(inputs)
+        return logits
+
+
+@pytest.mark.parametrize("computer", COMPUTERS)
+def test_models_that_write_to_their_inputs(tmp_path: Path, computer: type) -> None:
+    writing, plain = (
+        classification(Doubling(inplace=inplace), 4) for inplace in (True, False)
+    )
+    options = {"gradient_computer": computer}
+    scores = run(writing, tmp_path / "writing", 4, **options)
+    assert torch.equal(scores, run(plain, tmp_path / "plain", 4, **options))
+    assert torch.equal(writing.train[0], plain.train[0])
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_score_computer_on_another_device(tmp_path: Path) -> None:

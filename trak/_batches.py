@@ -125,6 +125,20 @@ def take(batch: Batch, rows: slice) -> Batch:
     return _map(batch, select)
 
 
+def copied(batch: Batch) -> Batch:
+    """Copy the tensors of a canonical batch, for models that write to their inputs.
+
+    Returns:
+        The batch, in memory of its own.
+
+    Example:
+        >>> batch = (torch.zeros(2), "shared")
+        >>> copied(batch)[0].add_(1), batch
+        (tensor([1., 1.]), (tensor([0., 0.]), 'shared'))
+    """
+    return _map(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+
+
 def rebuild(batch: Batch, leaves: list[Tensor]) -> Batch:
     """Put new tensors in the places of :func:`row_leaves`, in its order."""
     remaining = iter(leaves)

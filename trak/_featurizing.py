@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from trak._batches import describe_value, take
+from trak._batches import copied, describe_value, take
 from trak._layout import DONE, PENDING, SKIPPED
 from trak._linalg import RowReader, decode_half, encode_half
 from trak._params import Selection, first_non_finite
@@ -67,6 +67,7 @@ class Pipeline:
         """
         blocks = getattr(self.computer, "per_sample_grad_blocks", None)
         whole = self.computer.compute_per_sample_grad
+        batch = copied(batch)
         grads = blocks(batch) if blocks else [whole(batch=batch)]
         pieces = []
         by_parameter = getattr(self.projector, "by_parameter", False)
@@ -95,7 +96,7 @@ class Pipeline:
         Raises:
             TaskError: If the task gives another number of them.
         """
-        weights: object = self.computer.compute_loss_grad(batch)
+        weights: object = self.computer.compute_loss_grad(copied(batch))
         if isinstance(weights, Tensor) and weights.shape in {(size,), (size, 1)}:
             return weights.detach().reshape(size, 1).float()
         raise TaskError(
@@ -122,7 +123,7 @@ class Pipeline:
         if weight is not None and not torch.isfinite(weight).all():
             where = "its out-to-loss gradient"
         else:
-            example = take(batch, slice(position, position + 1))
+            example = copied(take(batch, slice(position, position + 1)))
             grads = self.computer.compute_per_sample_grad(batch=example)
             if isinstance(grads, Tensor) and grads.shape[-1] == self.selection.grad_dim:
                 grads = self.selection.split(grads)
