@@ -225,7 +225,8 @@ def test_store_records(store: Path) -> None:
                 if name == "id_<id>.json":
                     (record,) = record.values()
                 real |= set(record)
-        assert real == documented, name
+        # Only tasks such as CLIP are given data, and the store here is of another.
+        assert real == documented - {"task_data"}, name
 
 
 def test_store_refusals_name_real_errors() -> None:

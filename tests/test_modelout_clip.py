@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tests.contracts.task_contract import TaskCase, TaskContract, sdp_flags, state
-from trak.errors import BatchError, OptionError, OrderError, TaskError
+from trak import TRAKer
+from trak.errors import BatchError, OptionError, OrderError, TaskError, TrakWarning
 from trak.modelout_functions import CLIPModelOutput
 
 ROOT = Path(__file__).parents[1]
@@ -267,6 +268,26 @@ class TestDescription:
         task = CLIPModelOutput(simulated_batch_size=2)
         task.set_embeddings(torch.eye(3), torch.eye(3))
         assert done.stdout.strip() == task.describe()
+
+
+def test_other_embeddings_for_the_same_checkpoint_are_noticed(tmp_path: Path) -> None:
+    model = TwoTowers()
+    checkpoint = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def open_store() -> TRAKer:
+        return TRAKer(model, "clip", 3, tmp_path, proj_dim=4, logging_level=100)
+
+    traker = open_store()
+    traker.task.get_embeddings(model, loader(7))
+    traker.load_checkpoint(checkpoint)
+    traker.featurize(tuple(side[:2] for side in PAIRS))
+    traker = open_store()
+    traker.task.get_embeddings(model, loader(7))
+    traker.load_checkpoint(checkpoint)
+    traker.featurize(tuple(side[1:2] for side in PAIRS), inds=[1])
+    traker.task.get_embeddings(model, reversed(loader(7)))
+    with pytest.warns(TrakWarning, match="model id 0 has rows for which the task had"):
+        traker.featurize(tuple(side[2:] for side in PAIRS), inds=[2])
 
 
 @dataclass

@@ -235,6 +235,7 @@ class Session:
         check_mode(self.computer.model)
         self._loaded = check_loaded(self.computer.model, loaded, current.model_id)
         self._load_rows(current)
+        self._check_task_data(current.model_id)
         digests = row_digests(batch)
         self._compare(current, rows, digests)
         pipeline = Pipeline(
@@ -262,6 +263,23 @@ class Session:
             saver.load_current_store(current.model_id)
         if name is not None and f"{name}_grads" not in saver.current_store:
             saver.load_current_store(current.model_id, name, current.total)
+
+    def _check_task_data(self, model_id: int) -> None:
+        data = self.computer.modelout_fn.describe_data()
+        record = self.saver.model_ids[model_id]
+        known = record.get("task_data")
+        if data and known is None:
+            record["task_data"] = data
+            self.saver.serialize_current_model_id_metadata()
+        elif data and known != data:
+            warnings.warn(
+                f"model id {model_id} has rows for which the task had other data, such as "
+                f"the embeddings of CLIP ({known}; now {data}). Make them from the same "
+                f"weights, with a loader that does not shuffle. (Harmless if only "
+                f"rounding differs.)",
+                TrakWarning,
+                stacklevel=4,
+            )
 
     def _note_completion(self, model_id: int) -> None:
         record = self.saver.model_ids[model_id]

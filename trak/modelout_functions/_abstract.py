@@ -127,6 +127,16 @@ class AbstractModelOutput(ABC):
         """
         return describe_object(self)
 
+    def describe_data(self) -> str:
+        """Identify the data that the task was given after it was made, if any.
+
+        A checkpoint's training examples and targets must all be computed with the same.
+
+        Returns:
+            The same text for the same data; empty where there is none.
+        """
+        return ""
+
 
 def describe_object(task: object) -> str:
     """Identify an object by its class's name and the public data on it.

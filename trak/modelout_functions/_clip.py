@@ -248,15 +248,23 @@ class CLIPModelOutput(AbstractModelOutput):
         Returns:
             The same text in every process that embedded the same pairs.
         """
-        drawn = "None"
-        if self._bank is not None:
-            drawn_tensors = (self._bank.drawn_image, self._bank.drawn_text)
-            drawn = " ".join(hash_tensor(tensor) for tensor in drawn_tensors)
+        drawn = self.describe_data() or "None"
         options = (
             f"temperature={self.temperature!r}, "
             f"simulated_batch_size={self.simulated_batch_size!r}, seed={self.seed!r}"
         )
         return f"{type(self).__qualname__}({options}, embeddings={drawn})"
+
+    def describe_data(self) -> str:
+        """Identify the simulated batch.
+
+        Returns:
+            A hash of its embeddings; empty before there are any.
+        """
+        if self._bank is None:
+            return ""
+        drawn = (self._bank.drawn_image, self._bank.drawn_text)
+        return " ".join(hash_tensor(tensor) for tensor in drawn)
 
     def _require_bank(self) -> _Bank:
         if self._bank is None:
