@@ -19,8 +19,9 @@ from trak.errors import BatchError
 def canonical(batch: Batch) -> Batch:
     """Copy the nesting of a batch with plain containers and tensor leaves.
 
-    Mappings of any class (a tokenizer's output, say) become dicts, NumPy arrays become
-    tensors that share their memory; tensors and everything else stay what they are.
+    Mappings of any class (a tokenizer's output, say) become dicts, NumPy arrays of numbers
+    become tensors that share their memory where PyTorch can; tensors and everything else
+    stay what they are.
 
     Returns:
         The new nesting.
@@ -41,9 +42,17 @@ def _map(batch: Batch, function: Callable[[Any], Any]) -> Batch:
         return tuple(_map(value, function) for value in batch)
     if isinstance(batch, list):
         return [_map(value, function) for value in batch]
-    if isinstance(batch, np.ndarray) and batch.dtype != object:
-        batch = torch.from_numpy(batch)
+    if isinstance(batch, np.ndarray) and batch.dtype.kind in "biufc":
+        batch = _as_tensor(batch)
     return function(batch)
+
+
+def _as_tensor(array: np.ndarray) -> Tensor:
+    # Tensors cannot be read-only, have negative strides or another byte order.
+    shareable = array.flags.writeable and min(array.strides, default=0) >= 0
+    if not (shareable and array.dtype.isnative):
+        array = array.astype(array.dtype.newbyteorder("="), order="C", copy=True)
+    return torch.from_numpy(array)
 
 
 def row_leaves(batch: Batch) -> list[Tensor]:
@@ -130,6 +139,21 @@ def rebuild(batch: Batch, leaves: list[Tensor]) -> Batch:
 def as_arguments(example: Batch) -> tuple[Any, ...]:
     """Spread an example the way tasks take it: sequences spread, all else one argument."""
     return tuple(example) if isinstance(example, list | tuple) else (example,)
+
+
+def describe_value(value: object) -> str:
+    """Name what was got where a tensor was expected, for messages.
+
+    Example:
+        >>> describe_value(torch.zeros(2, 1)), describe_value(None)
+        ('shape (2, 1)', 'NoneType')
+
+    Returns:
+        A tensor's shape, or the class of anything else.
+    """
+    if isinstance(value, Tensor):
+        return f"shape {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def check_device(batch: Batch, device: torch.device) -> None:

@@ -69,7 +69,7 @@ def _check_fit(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> None
     unexpected = [key for key in checkpoint if key not in own]
     if missing or unexpected:
         hint = ""
-        if any(key.removeprefix("module.") in own for key in unexpected):
+        if any(str(key).removeprefix("module.") in own for key in unexpected):
             hint = (
                 " The keys begin with 'module.', as DistributedDataParallel saves them."
             )

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from trak._batches import take
+from trak._batches import describe_value, take
 from trak._layout import DONE, PENDING, SKIPPED
 from trak._linalg import RowReader, decode_half, encode_half
 from trak._params import Selection, first_non_finite
@@ -70,18 +70,10 @@ class Pipeline:
             blocks(batch) if blocks else [self.computer.compute_per_sample_grad(batch)]
         )
         pieces = []
+        by_parameter = getattr(self.projector, "by_parameter", False)
         for block in grads:
-            named = block
-            if isinstance(block, Tensor) and getattr(
-                self.projector, "by_parameter", False
-            ):
-                if block.ndim != 2 or block.shape[1] != self.selection.grad_dim:
-                    raise GradientError(
-                        f"{type(self.computer).__name__} gave gradients of shape "
-                        f"{tuple(block.shape)}; ({size}, {self.selection.grad_dim}) is "
-                        f"needed."
-                    )
-                named = self.selection.split(block)
+            splits = by_parameter and isinstance(block, Tensor)
+            named = self.selection.split(block) if splits else block
             pieces.append(self.projector.project(named, model_id=self.model_id))
         rows = torch.cat(pieces).detach()
         if rows.shape != (size, self.proj_dim):
@@ -104,14 +96,14 @@ class Pipeline:
         Raises:
             TaskError: If the task gives another number of them.
         """
-        weights = self.computer.compute_loss_grad(batch).detach()
-        if weights.numel() != size or len(weights) != size:
-            raise TaskError(
-                f"{type(self.computer.modelout_fn).__name__}.get_out_to_loss_grad gave "
-                f"shape {tuple(weights.shape)} for a batch of {size}; ({size}, 1) is "
-                f"needed."
-            )
-        return weights.reshape(size, 1).float()
+        weights: object = self.computer.compute_loss_grad(batch)
+        if isinstance(weights, Tensor) and weights.shape in {(size,), (size, 1)}:
+            return weights.detach().reshape(size, 1).float()
+        raise TaskError(
+            f"{type(self.computer.modelout_fn).__name__}.get_out_to_loss_grad gave "
+            f"{describe_value(weights)} for a batch of {size}; a tensor of shape "
+            f"({size}, 1) is needed."
+        )
 
     def non_finite(
         self, batch: Batch, position: int, index: int, weight: Tensor | None
@@ -350,6 +342,11 @@ def check_same_rows(
         index = int(inds[position])
         if int(np.asarray(store[flag][index]).reshape(-1)[0]) == SKIPPED:
             continue
+        if f"{prefix}grads" not in store:
+            raise StaleRowError(
+                f"{what} {index} is stored already, but from other data, and del_grads "
+                f"deleted the gradient to compare with; use another save_dir."
+            )
         old = read_rows(store, prefix, torch.device("cpu"))(index, index + 1)[0]
         new = rows[position].cpu()
         if not torch.linalg.norm(new - old) <= SAME_ROW * torch.linalg.norm(old):

@@ -90,13 +90,13 @@ def check_exp_name(exp_name: object) -> str:
         not isinstance(exp_name, str)
         or not exp_name
         or exp_name.startswith(".")
-        or len(exp_name.encode()) > 150
-        or re.search(r"[/\\\x00-\x1f]", exp_name) is not None
+        or len(exp_name.encode(errors="replace")) > 150
+        or re.search(r"[/\\\x00-\x1f\ud800-\udfff]", exp_name) is not None
     )
     if bad or not isinstance(exp_name, str):
         raise ExperimentError(
             f"exp_name={exp_name!r} cannot name files; use up to 150 bytes without path "
-            f"separators, control characters or a leading dot."
+            f"separators, control characters, lone surrogates or a leading dot."
         )
     return exp_name
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -150,7 +150,7 @@ def parse_options(
         ) from error
     return Options(
         train_set_size=positive("train_set_size", train_set_size),
-        save_dir=Path(save_dir).resolve(),
+        save_dir=parse_save_dir(save_dir),
         load_from_save_dir=load_from_save_dir,
         device=parse_device(model, device),
         proj_dim=positive("proj_dim", proj_dim),
@@ -161,6 +161,23 @@ def parse_options(
         non_finite=policy,
         selection=select_parameters(model, grad_wrt),
     )
+
+
+def parse_save_dir(save_dir: object) -> Path:
+    """Make the path of the store absolute.
+
+    Returns:
+        The path; nothing needs to be there.
+
+    Raises:
+        OptionError: If it cannot be a path.
+    """
+    try:
+        return Path(save_dir).resolve()  # type: ignore[arg-type]
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise OptionError(
+            f"save_dir={save_dir!r} cannot be a directory: {error}."
+        ) from error
 
 
 def integer(name: str, value: object) -> int:
@@ -210,7 +227,12 @@ def parse_device(
         )
     if device is None:
         return parameter.device
-    asked = torch.device(device)
+    try:
+        asked = torch.device(device)
+    except RuntimeError as error:
+        raise OptionError(
+            f"device={device!r} is not a device; the model is on {parameter.device}."
+        ) from error
     same_index = asked.index in (None, parameter.device.index)
     if asked.type != parameter.device.type or not same_index:
         raise OptionError(
@@ -263,14 +285,18 @@ def parse_rows(
 def _check_inds(
     inds: object, size: int, total: int, what: str
 ) -> Int64[np.ndarray, " b"]:
-    array = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds)
+    if isinstance(inds, Tensor):
+        inds = inds.cpu()
+    elif isinstance(inds, Iterable) and not isinstance(inds, Sequence | np.ndarray):
+        inds = list(inds)  # NumPy takes a generator or a set for one object
+    array = np.asarray(inds)
+    if array.size != size:
+        raise BatchError(
+            f"inds has {array.size} entries, but the batch has {size} examples."
+        )
     if array.dtype.kind not in "iu":
         raise BatchError(f"inds must be whole numbers; got {array.dtype}.")
     rows = array.reshape(-1).astype(np.int64)
-    if len(rows) != size:
-        raise BatchError(
-            f"inds has {len(rows)} entries, but the batch has {size} examples."
-        )
     if rows.min() < 0 or rows.max() >= total:
         bad = rows[(rows < 0) | (rows >= total)][0]
         raise BatchError(f"inds has {bad}, but the {what}s are 0 to {total - 1}.")

@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from trak._types import Gradients, GradWrt, Weights
-from trak.errors import BatchError, OptionError
+from trak.errors import BatchError, GradientError, OptionError
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,18 @@ class Selection:
         )
         return hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
 
-    def split(self, flat: Shaped[Tensor, "b d"]) -> dict[str, Tensor]:
-        """View ``(b, d)`` gradients as one ``(b, *shape)`` tensor per parameter."""
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """View ``(b, d)`` gradients as one ``(b, *shape)`` tensor per parameter.
+
+        Raises:
+            GradientError: If they have another shape.
+        """
+        if flat.ndim != 2 or flat.shape[1] != self.grad_dim:
+            raise GradientError(
+                f"The gradient computer gave gradients of shape {tuple(flat.shape)}; "
+                f"(b, {self.grad_dim}) is needed, a column for every entry of the "
+                f"selected parameters."
+            )
         sizes = [math.prod(shape) for shape in self.shapes]
         pieces = torch.split(flat, sizes, dim=1)
         return {
@@ -81,8 +91,7 @@ def select_parameters(
     elif callable(grad_wrt):
         chosen = {name for name, value in parameters.items() if grad_wrt(name, value)}
     else:
-        patterns = [grad_wrt] if isinstance(grad_wrt, str) else list(grad_wrt)
-        chosen = _match(patterns, parameters)
+        chosen = _match(_patterns(grad_wrt), parameters)
     names = [
         n for n, value in parameters.items() if n in chosen and value.requires_grad
     ]
@@ -94,15 +103,24 @@ def select_parameters(
     return Selection(tuple(names), tuple(tuple(parameters[n].shape) for n in names))
 
 
+def _patterns(grad_wrt: object) -> list[str]:
+    if isinstance(grad_wrt, str):
+        return [grad_wrt]
+    patterns = []
+    for pattern in grad_wrt if isinstance(grad_wrt, Iterable) else [grad_wrt]:
+        if not isinstance(pattern, str):
+            raise OptionError(
+                f"grad_wrt takes names, globs or a predicate; got {pattern!r} among them."
+            )
+        patterns.append(pattern)
+    return patterns
+
+
 def _match(
     patterns: Sequence[str], parameters: Mapping[str, torch.nn.Parameter]
 ) -> set[str]:
     chosen: set[str] = set()
     for pattern in patterns:
-        if not isinstance(pattern, str):
-            raise OptionError(
-                f"grad_wrt takes names, globs or a predicate; got {pattern!r} among them."
-            )
         if pattern in parameters:
             if not parameters[pattern].requires_grad:
                 raise OptionError(

@@ -89,7 +89,8 @@ class Scoring:
                     raise ModelIDException(
                         f"model id {model_id} was finalized with "
                         f"{record.get('finalized_with')} and its gradients were deleted, "
-                        f"so it cannot be finalized otherwise; featurize it again."
+                        f"so it cannot be finalized otherwise; featurize it with "
+                        f"another model_id, or in another save_dir."
                     )
                 self.finalize(model_id, del_grads=del_grads)
             elif del_grads and not deleted:

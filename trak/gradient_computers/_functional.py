@@ -5,10 +5,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trak._batches import as_arguments, batch_size, rebuild, row_leaves
+from trak._batches import (
+    as_arguments,
+    batch_size,
+    describe_value,
+    rebuild,
+    row_leaves,
+)
 from trak._types import Batch
 from trak.errors import GradientError, TaskError, TrakError
 from trak.gradient_computers._abstract import SelectiveGradientComputer
+from trak.modelout_functions import AbstractModelOutput
+
+
+def check_scalar(value: object, task: AbstractModelOutput) -> Tensor:
+    """Check that a task's output for one example is one number.
+
+    Returns:
+        The output.
+
+    Raises:
+        TaskError: If it is not.
+    """
+    if isinstance(value, Tensor) and value.ndim == 0:
+        return value
+    raise TaskError(
+        f"{type(task).__name__}.get_output must return a scalar tensor for one example; "
+        f"got {describe_value(value)}."
+    )
 
 
 class FunctionalGradientComputer(SelectiveGradientComputer):
@@ -55,18 +79,13 @@ class FunctionalGradientComputer(SelectiveGradientComputer):
 
         def output(chosen: dict[str, Tensor], *example: Tensor) -> Tensor:
             arguments = as_arguments(rebuild(batch, list(example)))
-            value: Tensor = self.modelout_fn.get_output(
+            value: object = self.modelout_fn.get_output(
                 self.model,
                 {**self.func_weights, **chosen},
                 self.func_buffers,
                 *arguments,
             )
-            if value.ndim:
-                raise TaskError(
-                    f"{type(self.modelout_fn).__name__}.get_output must return a scalar "
-                    f"for one example; got shape {tuple(value.shape)}."
-                )
-            return value
+            return check_scalar(value, self.modelout_fn)
 
         vectorised = torch.func.vmap(
             torch.func.grad_and_value(output),

@@ -6,7 +6,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trak._batches import as_arguments, batch_size
+from trak._batches import (
+    as_arguments,
+    batch_size,
+    describe_value,
+    rebuild,
+    row_leaves,
+)
 from trak._types import Batch
 from trak.errors import GradientError, TaskError, TrakError
 from trak.gradient_computers._abstract import SelectiveGradientComputer
@@ -50,16 +56,22 @@ class IterativeGradientComputer(SelectiveGradientComputer):
             TaskError: If the task does not give one output for each example.
             GradientError: If the outputs do not depend on the selected parameters.
         """
+        # Callers may be under no_grad or inference_mode; autograd is needed here.
+        with torch.inference_mode(False), torch.enable_grad():
+            leaves = [x.clone() if x.is_inference() else x for x in row_leaves(batch)]
+            return self._rows(rebuild(batch, leaves))
+
+    def _rows(self, batch: Batch) -> Float[Tensor, "b d"]:
         b = batch_size(batch)
         rows = self.model_params[0].new_zeros(b, self.selection.grad_dim)
         if b == 0:
             return rows
-        with torch.enable_grad():
-            outputs = self._outputs(batch)
-        if outputs.shape != (b,):
+        outputs = self._outputs(batch)
+        if not isinstance(outputs, Tensor) or outputs.shape != (b,):
             raise TaskError(
-                f"{type(self.modelout_fn).__name__} gives outputs of shape "
-                f"{tuple(outputs.shape)} for a batch of {b}; ({b},) is needed."
+                f"{type(self.modelout_fn).__name__} gives outputs of "
+                f"{describe_value(outputs)} for a batch of {b}; a tensor of shape ({b},) "
+                f"is needed."
             )
         if not outputs.requires_grad:
             raise GradientError(
@@ -78,7 +90,7 @@ class IterativeGradientComputer(SelectiveGradientComputer):
         rows[~torch.isfinite(outputs.detach())] = torch.nan
         return rows
 
-    def _outputs(self, batch: Batch) -> Tensor:
+    def _outputs(self, batch: Batch) -> object:
         task = self.modelout_fn
         own = getattr(type(task), "get_outputs", None)
         if own is not None and own is not AbstractModelOutput.get_outputs:

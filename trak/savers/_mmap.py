@@ -12,10 +12,15 @@ import numpy as np
 
 from trak import _layout
 from trak._layout import ArraySpec
-from trak.errors import ExperimentError, ModelIDException
+from trak.errors import ExperimentError, ModelIDException, StoreError
 from trak.savers._abstract import AbstractSaver
 from trak.savers._lazy import FeatureMaker, LazyStore
-from trak.savers._records import open_manifest, pin_weights, read_model_record
+from trak.savers._records import (
+    open_manifest,
+    pin_weights,
+    read_experiment,
+    read_model_record,
+)
 
 
 class MmapSaver(AbstractSaver):
@@ -57,7 +62,7 @@ class MmapSaver(AbstractSaver):
             for path in sorted(self.save_dir.glob("id_*.json")):
                 self.model_ids.update(read_model_record(path))
             for path in sorted(self._experiment_dir.glob("*.json")):
-                self.experiments[path.stem] = _layout.read_record(path)
+                self.experiments[path.stem] = read_experiment(path)
         self.logger.info(
             "%s: %d checkpoints, %d experiments",
             self.save_dir,
@@ -111,6 +116,7 @@ class MmapSaver(AbstractSaver):
 
         Raises:
             ModelIDException: If the id is taken.
+            StoreError: If its files cannot be made; the id is then free again.
         """
         if model_id in self.model_ids and not _allow_featurizing_already_registered:
             raise ModelIDException(
@@ -119,8 +125,14 @@ class MmapSaver(AbstractSaver):
             )
         if self._record_path(model_id).exists():  # by another process, meanwhile
             self.model_ids.update(read_model_record(self._record_path(model_id)))
+        fresh = model_id not in self.model_ids
         self.model_ids.setdefault(model_id, {"is_featurized": 0, "is_finalized": 0})
-        self.init_store(model_id)
+        try:
+            self.init_store(model_id)
+        except StoreError:
+            if fresh:  # so that it can be tried again
+                del self.model_ids[model_id]
+            raise
 
     def init_store(self, model_id: int) -> None:
         """Make the arrays of a checkpoint where they are not there, and load them.
@@ -174,16 +186,26 @@ class MmapSaver(AbstractSaver):
             mode: How NumPy maps the files: ``"r"``, ``"r+"`` or ``"c"``.
 
         Raises:
-            ModelIDException: If the checkpoint has no arrays.
-            ExperimentError: If the experiment has none on this checkpoint.
+            ModelIDException: If the checkpoint is unknown, or has no arrays.
+            ExperimentError: If the experiment is, or has none on this checkpoint.
         """
-        self.current_model_id = model_id
+        if model_id not in self.model_ids:
+            raise ModelIDException(
+                f"model id {model_id} is not in {self.save_dir}; featurize it first."
+            )
         mode = mode or "r+"
         if exp_name is None:
             self.current_store = self._load_training(model_id, mode)
+            self.current_model_id = model_id
             return
-        self.current_experiment_name = exp_name
+        if self.current_model_id != model_id:
+            self.load_current_store(model_id, mode=mode)
         if exp_num_targets is None or exp_num_targets < 0:
+            if exp_name not in self.experiments:
+                raise ExperimentError(
+                    f"There is no experiment {exp_name!r}; {self.save_dir} has "
+                    f"{sorted(self.experiments)}."
+                )
             exp_num_targets = int(self.experiments[exp_name]["num_targets"])
         specs = self._used(_layout.TARGET_ARRAYS)
         places = {
@@ -195,6 +217,7 @@ class MmapSaver(AbstractSaver):
                 f"experiment {exp_name!r} has no targets on model id {model_id}; score "
                 f"them with start_scoring_checkpoint and score first."
             )
+        self.current_experiment_name = exp_name
         for key, place in places.items():
             self.current_store[key] = _layout.open_array(*place, mode)
         scores = self._place(_layout.SCORES, model_id, exp_name, exp_num_targets)
@@ -210,7 +233,8 @@ class MmapSaver(AbstractSaver):
             if not place[0].exists():
                 raise ModelIDException(
                     f"model id {model_id} has no {place[0].name} in {place[0].parent}; "
-                    f"delete that directory and featurize this checkpoint again."
+                    f"delete that directory and {self._record_path(model_id).name}, and "
+                    f"featurize this checkpoint again."
                 )
             store[key] = _layout.open_array(*place, mode)
         for key, spec in _layout.DERIVED_ARRAYS.items():
@@ -296,7 +320,7 @@ class MmapSaver(AbstractSaver):
             )
         path = self._experiment_dir / f"{exp_name}.json"
         if path.exists():
-            self.experiments[exp_name] = _layout.read_record(path)
+            self.experiments[exp_name] = read_experiment(path)
         known = self.experiments.get(exp_name)
         if known is None:
             known = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,38 @@ def read_model_record(path: Path) -> dict[int, dict[str, Any]]:
     Raises:
         StoreCorruptError: If it is not such a record.
     """
-    records = {}
-    for key, record in _layout.read_record(path).items():
-        if not key.lstrip("-").isdecimal() or not isinstance(record, dict):
-            raise StoreCorruptError(
-                f"{path} is not the record of a checkpoint; move it away, or use another "
-                f"save_dir."
-            )
-        records[int(key)] = {"is_featurized": 0, "is_finalized": 0, **record}
-    return records
+    key = path.stem.removeprefix("id_")
+    records = _layout.read_record(path)
+    record = records.get(key)
+    is_one = re.fullmatch(r"-?\d+", key) and len(records) == 1
+    flags = {"is_featurized": 0, "is_finalized": 0}
+    if not is_one or not isinstance(record, dict):
+        raise StoreCorruptError(
+            f"{path} is not the record of a checkpoint; move it away, or use another "
+            f"save_dir."
+        )
+    return {int(key): {**flags, **record}}
+
+
+def read_experiment(path: Path) -> dict[str, Any]:
+    """Read the record of an experiment.
+
+    Args:
+        path: Its file.
+
+    Returns:
+        The record.
+
+    Raises:
+        StoreCorruptError: If it does not say how many targets there are.
+    """
+    record = _layout.read_record(path)
+    if type(record.get("num_targets")) is not int or record["num_targets"] < 1:
+        raise StoreCorruptError(
+            f"{path} is not the record of an experiment; move it away, or use another "
+            f"save_dir."
+        )
+    return record
 
 
 def pin_weights(path: Path, model_id: int, weights: str) -> None:
