@@ -293,7 +293,9 @@ class Faults:
                 relative = float(error / np.abs(expected).max())
                 worst = max(worst, relative)
                 # Rows are stored in float16, of which a few round the other way.
-                return [] if relative < 1e-3 else [f"relative difference {relative:.1e}"]
+                return (
+                    [] if relative < 1e-3 else [f"relative difference {relative:.1e}"]
+                )
 
             self.attempt(result, f"chain {k}", trial)
         result.note = f"largest difference {worst:.1e} of the largest score"
@@ -303,10 +305,15 @@ class Faults:
         """SIGKILL before every file-system event of a run, then run to the end."""
         result = Result("killed before every file-system event")
         kinds: Counter[str] = Counter()
-        for work in (SMALL, replace(ONE, del_grads=True), replace(PRIMAL, options={
-            "proj_dim": 8, "use_half_precision": False})):
+        for work in (
+            SMALL,
+            replace(ONE, del_grads=True),
+            replace(PRIMAL, options={"proj_dim": 8, "use_half_precision": False}),
+        ):
             self._all_events(result, kinds, work, lambda d: None, everything)
-        result.note = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+        result.note = ", ".join(
+            f"{count} {kind}" for kind, count in kinds.most_common()
+        )
         return result
 
     def _all_events(
@@ -322,7 +329,9 @@ class Faults:
         expected = expected or self.reference(work)
         directory = self.store()
         prepare(directory)
-        listed = run(make(work, directory), Trap(directory, -1), list_events=True).events
+        listed = run(
+            make(work, directory), Trap(directory, -1), list_events=True
+        ).events
         for k, kind in enumerate(listed):
             kinds[kind] += 1
 
@@ -458,7 +467,9 @@ class Faults:
         for _ in range(4 * self.kills):
             first, second = self.random.randrange(total), self.random.randrange(total)
 
-            def trial(directory: Path, at: tuple[int, int] = (first, second)) -> list[str]:
+            def trial(
+                directory: Path, at: tuple[int, int] = (first, second)
+            ) -> list[str]:
                 job = everything(work, directory)
                 with running(job, Trap(directory, at[0], signal.SIGSTOP)) as child:
                     if not child.wait_until_stopped():
@@ -475,7 +486,14 @@ class Faults:
 
 
 SCENARIOS = (
-    "moments", "batch_sizes", "events", "damping", "writers", "both", "stopped", "races",
+    "moments",
+    "batch_sizes",
+    "events",
+    "damping",
+    "writers",
+    "both",
+    "stopped",
+    "races",
 )
 
 
@@ -494,8 +512,10 @@ def main() -> int:
             result: Result = getattr(faults, name)()
             failed |= bool(result.failures)
             good = result.runs - len(result.failures)
-            print(f"{result.name:42} {good:4} of {result.runs:4} "
-                  f"{time.perf_counter() - begin:5.0f} s  {result.note}")
+            print(
+                f"{result.name:42} {good:4} of {result.runs:4} "
+                f"{time.perf_counter() - begin:5.0f} s  {result.note}"
+            )
             if result.stages:
                 print("   killed while", dict(result.stages.most_common()))
             for line in result.failures[:10]:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,15 +131,27 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def _temporary_prefix() -> str:
-    return f".trak-{socket.gethostname()}-{os.getpid()}-"
+_TEMPORARY = re.compile(r"\.trak-(?P<machine>.+)-(?P<pid>\d+)-[a-z0-9_]+")
+
+_WEEK = 7 * 24 * 3600.0
+
+
+def _machine() -> str:
+    """Name this host and its table of processes, of which every container has its own."""
+    try:
+        processes = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        processes = 0
+    return f"{socket.gethostname()}-{processes}"
 
 
 @contextlib.contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """Give a new file's path in the same directory; it is gone afterwards."""
     with writing(path):
-        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), dir=path.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=f".trak-{_machine()}-{os.getpid()}-", dir=path.parent
+        )
         os.close(handle)
     temporary = Path(name)
     try:
@@ -147,15 +161,21 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def remove_dead_temporaries(directory: Path) -> None:
-    """Remove what killed processes of this machine left half-made in a directory."""
-    marker = f".trak-{socket.gethostname()}-"
-    for path in directory.glob(f"{marker}*"):
-        pid = path.name.removeprefix(marker).split("-")[0]
-        if (
-            pid.isdecimal()
-            and not Path(f"/proc/{pid}").exists()
-            and Path("/proc").exists()
-        ):
+    """Remove what killed processes left half-made in a directory.
+
+    Whether a process of another machine is alive cannot be seen from here; what such
+    processes left goes after a week without a change.
+    """
+    for path in directory.glob(".trak-*"):
+        made = _TEMPORARY.fullmatch(path.name)
+        if made is None:
+            continue
+        if made["machine"] == _machine() and Path("/proc/self").exists():
+            dead = not Path(f"/proc/{made['pid']}").exists()
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                dead = time.time() - path.stat().st_mtime > _WEEK
+        if dead:
             path.unlink(missing_ok=True)
 
 
@@ -234,12 +254,39 @@ def create_array(path: Path, shape: tuple[int, int], dtype: str) -> None:
         _publish(temporary, path, replace=False)
 
 
+def label_of(text: str) -> bytes:
+    """Shorten what an array was made with to the 32 bytes that may follow its data."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest().encode()
+
+
+def has_label(path: Path, label: bytes) -> bool:
+    """Tell whether a file ends with a label; one that is not there does not."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(label), os.SEEK_END)
+            return file.read() == label
+    except OSError:  # not there, or shorter
+        return False
+
+
 @contextlib.contextmanager
-def new_array(path: Path, shape: tuple[int, int], dtype: str) -> Iterator[np.memmap]:
-    """Fill a new array, which takes its name only when the block ends without error."""
+def new_array(
+    path: Path, shape: tuple[int, int], dtype: str, label: bytes = b""
+) -> Iterator[np.memmap]:
+    """Fill a new array, which takes its name only when the block ends without error.
+
+    Args:
+        path: Where.
+        shape: Its shape.
+        dtype: Its type's name.
+        label: What follows the data: in the same file, so that no crash can part them.
+
+    Yields:
+        The array, of zeros.
+    """
     with _temporary_beside(path) as temporary:
         with writing(path):
-            write_header(temporary, shape, dtype)
+            write_header(temporary, shape, dtype, label)
         array = np.lib.format.open_memmap(temporary, mode="r+")
         yield array
         with writing(path):
@@ -247,8 +294,10 @@ def new_array(path: Path, shape: tuple[int, int], dtype: str) -> Iterator[np.mem
             _publish(temporary, path, replace=True)
 
 
-def write_header(path: Path, shape: tuple[int, int], dtype: str) -> None:
-    """Write an array file's header and reserve its blocks."""
+def write_header(
+    path: Path, shape: tuple[int, int], dtype: str, label: bytes = b""
+) -> None:
+    """Write an array file's header and label, and reserve its blocks."""
     with path.open("wb") as file:
         header = {
             "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
@@ -258,14 +307,27 @@ def write_header(path: Path, shape: tuple[int, int], dtype: str) -> None:
         np.lib.format.write_array_header_1_0(file, header)
         size = file.tell() + shape[0] * shape[1] * np.dtype(dtype).itemsize
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
+            os.posix_fallocate(file.fileno(), 0, size + len(label))
         file.truncate(size)
+        file.seek(size)
+        file.write(label)
 
 
 def open_array(
-    path: Path, shape: tuple[int, int], dtype: str, mode: str = "r+"
+    path: Path,
+    shape: tuple[int, int],
+    dtype: str,
+    mode: str = "r+",
+    label: bytes = b"",
 ) -> np.memmap:
     """Map an array file, after checking that it is the one that was made.
+
+    Args:
+        path: Where.
+        shape: Its shape.
+        dtype: Its type's name.
+        mode: How NumPy maps it: ``"r"``, ``"r+"`` or ``"c"``.
+        label: What follows the data; only its length is checked.
 
     Returns:
         The array.
@@ -278,7 +340,8 @@ def open_array(
         with path.open("rb") as file:
             np.lib.format.read_magic(file)
             found = np.lib.format.read_array_header_1_0(file)
-            length = file.tell() + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            length = file.tell() + size + len(label)
     except ValueError as error:
         raise StoreCorruptError(
             f"{path} is not an array file of this store ({error}); {_REMEDY}"

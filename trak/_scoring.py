@@ -82,9 +82,10 @@ class Scoring:
         for model_id in model_ids:
             require_featurized(self.saver, model_id)
         for model_id in tqdm(model_ids, desc="Finalizing features", disable=self.quiet):
+            self.saver.load_current_store(model_id)  # others may have finalized it
             record = self.saver.model_ids[model_id]
             deleted = bool(record.get("grads_deleted"))
-            if not (record.get("is_finalized") and self.is_current(model_id)):
+            if not self._is_finished(model_id):
                 if deleted:
                     raise ModelIDException(
                         f"model id {model_id} was finalized with "
@@ -102,19 +103,19 @@ class Scoring:
         """Compute what scoring needs of a checkpoint, and mark it finalized.
 
         Args:
-            model_id: The checkpoint; all its rows are there.
+            model_id: The checkpoint, which is loaded; all its rows are there.
             del_grads: Whether to keep only its features.
 
         Raises:
             SingularKernelError: If its features are not finite.
         """
         saver = self.saver
-        saver.load_current_store(model_id)
         store, record = saver.current_store, saver.model_ids[model_id]
         blocked = as_blocked(self.computer)
         if blocked is not None:
             gram, kernel = finalizing.fit(blocked, store, self.n, self.p)
             found = finalizing.report(store, kernel, self.n, self.p)
+            record.update(finalized_with=describe(self.computer), is_finalized=0)
             saver.keep_gram(gram.cpu().numpy())
             record["report"] = found.as_dict()
             level = logging.WARNING if found.is_remarkable else logging.INFO
@@ -129,9 +130,9 @@ class Scoring:
                     f"{type(self.computer).__name__} gave features that are not finite "
                     f"for model id {model_id}."
                 )
+            record.update(finalized_with=describe(self.computer), is_finalized=0)
             with saver.open_features() as array:
                 array[:] = features.float().cpu().numpy()
-        record["finalized_with"] = describe(self.computer)
         record["is_finalized"] = 1
         saver.serialize_current_model_id_metadata()
         if del_grads:
@@ -155,6 +156,25 @@ class Scoring:
         """Tell whether a checkpoint was finalized the way this score computer does it."""
         mine = describe(self.computer)
         return bool(self.saver.model_ids[model_id].get("finalized_with", mine) == mine)
+
+    def _is_finished(self, model_id: int) -> bool:
+        """Tell whether the current checkpoint has all that scoring needs of it."""
+        is_finalized = bool(self.saver.model_ids[model_id].get("is_finalized"))
+        return is_finalized and self.is_current(model_id) and self._has_features()
+
+    def _has_features(self) -> bool:
+        store = self.saver.current_store
+        on_demand = as_blocked(self.computer) is not None and "grads" in store
+        return on_demand or "features" in store
+
+    def _require_features(self, model_id: int) -> None:
+        self.saver.load_current_store(model_id)
+        if not self._has_features():
+            raise ModelIDException(
+                f"model id {model_id} is marked as finalized, but its features are not "
+                f"there: finalizing it anew was interrupted, or the file was removed. "
+                f"Call finalize_features()."
+            )
 
     def _check_same(self, model_id: int) -> None:
         if not self.is_current(model_id):
@@ -204,8 +224,8 @@ class Scoring:
     def _check_usable(self, exp_name: str, model_id: int) -> None:
         require_finalized(self.saver, model_id)
         self._check_same(model_id)
+        self._require_features(model_id)
         m = int(self.saver.experiments[exp_name]["num_targets"])
-        self.saver.load_current_store(model_id)
         self.saver.load_current_store(model_id, exp_name, m)
         if self.saver.current_store.get(f"{exp_name}_grads") is None:
             raise ExperimentError(
@@ -362,6 +382,7 @@ class Scoring:
         for model_id in model_ids:
             require_finalized(self.saver, model_id)
             self._check_same(model_id)
+            self._require_features(model_id)
             side, weight = self._side(model_id, None)
             influence += blocked.self_influence(side, self.n, self.p).cpu().numpy()
             weights += weight
