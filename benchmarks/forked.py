@@ -225,6 +225,7 @@ def running(job: Job, trap: Trap | None = None) -> Iterator[Child]:
     try:
         yield child
     except BaseException:
-        child.send(signal.SIGKILL)
-        os.waitpid(child.pid, 0)
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):  # it has ended
+            child.send(signal.SIGKILL)
+            os.waitpid(child.pid, 0)
         raise

@@ -168,15 +168,16 @@ def remove_dead_temporaries(directory: Path) -> None:
     """
     for path in directory.glob(".trak-*"):
         made = _TEMPORARY.fullmatch(path.name)
-        if made is None:
-            continue
-        if made["machine"] == _machine() and Path("/proc/self").exists():
-            dead = not Path(f"/proc/{made['pid']}").exists()
-        else:
-            with contextlib.suppress(FileNotFoundError):
-                dead = time.time() - path.stat().st_mtime > _WEEK
-        if dead:
-            path.unlink(missing_ok=True)
+        if made is not None:
+            with contextlib.suppress(OSError):  # another process removed it, or may
+                if _is_dead(path, made["machine"], made["pid"]):
+                    path.unlink()
+
+
+def _is_dead(temporary: Path, machine: str, pid: str) -> bool:
+    if machine == _machine() and Path("/proc/self").exists():
+        return not Path(f"/proc/{pid}").exists()
+    return time.time() - temporary.stat().st_mtime > _WEEK
 
 
 def write_record(

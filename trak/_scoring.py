@@ -98,6 +98,8 @@ class Scoring:
                 self.finalize(model_id, del_grads=True)
             else:
                 logger.info("model id %d is finalized already", model_id)
+                # Whoever finalized it may have been killed between two records.
+                self.saver.serialize_current_model_id_metadata()
 
     def finalize(self, model_id: int, *, del_grads: bool) -> None:
         """Compute what scoring needs of a checkpoint, and mark it finalized.

@@ -15,11 +15,12 @@ from trak import _layout
 from trak.errors import ExperimentError, ModelIDException, StoreError
 from trak.savers._abstract import AbstractSaver
 from trak.savers._lazy import FeatureMaker, LazyStore
-from trak.savers._places import Places
+from trak.savers._places import GRADS_DELETED, Places
 from trak.savers._records import (
     open_manifest,
     pin_weights,
     read_experiment,
+    read_finalized,
     read_model_record,
     write_summary,
 )
@@ -121,10 +122,10 @@ class MmapSaver(AbstractSaver):
         directory = self._places.directory(model_id)
         _layout.make_directory(directory)
         _layout.remove_dead_temporaries(directory)
-        for spec in self._places.used(_layout.TRAIN_ARRAYS).values():
-            if not (
-                spec.path.endswith("/grads.mmap") and self._grads_deleted(model_id)
-            ):
+        specs = self._places.used(_layout.TRAIN_ARRAYS)
+        last = self._places.of(specs["is_featurized"], model_id)[0]
+        if not last.exists():  # where it is, what is missing was removed
+            for spec in specs.values():
                 _layout.create_array(*self._places.of(spec, model_id))
         self.load_current_store(model_id)
 
@@ -141,7 +142,7 @@ class MmapSaver(AbstractSaver):
         record["is_featurized"] = int(bool((flags != _layout.PENDING).all()))
         if "weights" in record:
             self._pin_weights(model_id, record["weights"])
-        found = self._read_finalized(model_id)
+        found = read_finalized(self._places.directory(model_id))
         if not record["is_finalized"]:
             record.update(found)
         else:
@@ -159,10 +160,6 @@ class MmapSaver(AbstractSaver):
             if self._places.record(model_id).exists():
                 self.model_ids.update(read_model_record(self._places.record(model_id)))
             raise
-
-    def _read_finalized(self, model_id: int) -> dict[str, Any]:
-        path = self._places.finalized(model_id)
-        return _layout.read_record(path) if path.exists() else {}
 
     def load_current_store(
         self,
@@ -235,7 +232,7 @@ class MmapSaver(AbstractSaver):
         if missing or not record["is_finalized"]:
             # Another process may have finalized it. That is looked up after the arrays,
             # as gradients are deleted only when the record says so.
-            record.update(self._read_finalized(model_id))
+            record.update(read_finalized(self._places.directory(model_id)))
         if self._grads_deleted(model_id):
             self._drop_grads(model_id, store, missing)
         if missing:
@@ -325,8 +322,11 @@ class MmapSaver(AbstractSaver):
         Args:
             model_id: The checkpoint's id.
         """
-        self.model_ids[model_id]["grads_deleted"] = True
         self.load_current_store(model_id)
+        self.current_store.pop("grads", None)
+        self.model_ids[model_id]["grads_deleted"] = True
+        mark = self._places.directory(model_id) / GRADS_DELETED
+        _layout.write_record(mark, {"grads_deleted": True}, replace=False)
         self.serialize_current_model_id_metadata()
         self._places.of(_layout.TRAIN_ARRAYS["grads"], model_id)[0].unlink(
             missing_ok=True

@@ -12,6 +12,9 @@ from trak._layout import ArraySpec
 FINALIZED = "finalized.json"
 """Name of the record that finalizing writes in a checkpoint's directory."""
 
+GRADS_DELETED = "grads_deleted.json"
+"""Name of the record, never written over, that a checkpoint's gradients must go."""
+
 
 @dataclass(frozen=True, slots=True)
 class Places:

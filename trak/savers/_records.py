@@ -9,7 +9,7 @@ from typing import Any
 from trak import _layout
 from trak._version import __version__
 from trak.errors import ModelIDException, StoreCorruptError, StoreMismatchError
-from trak.savers._places import FINALIZED
+from trak.savers._places import FINALIZED, GRADS_DELETED
 
 
 def open_manifest(save_dir: Path, mine: dict[str, Any]) -> None:
@@ -76,9 +76,23 @@ def read_model_record(path: Path) -> dict[int, dict[str, Any]]:
             f"{path} is not the record of a checkpoint; move it away, or use another "
             f"save_dir."
         )
-    finalized = path.parent / key / FINALIZED
-    found = _layout.read_record(finalized) if finalized.exists() else {}
-    return {int(key): {**flags, **record, **found}}
+    return {int(key): {**flags, **record, **read_finalized(path.parent / key)}}
+
+
+def read_finalized(directory: Path) -> dict[str, Any]:
+    """Read what finalizing a checkpoint, and deleting its gradients, left on record.
+
+    Args:
+        directory: The checkpoint's directory.
+
+    Returns:
+        What its record has to be updated with.
+    """
+    path = directory / FINALIZED
+    found = _layout.read_record(path) if path.exists() else {}
+    if (directory / GRADS_DELETED).exists():
+        found["grads_deleted"] = True
+    return found
 
 
 def read_experiment(path: Path) -> dict[str, Any]:
