@@ -183,8 +183,9 @@ class Faults:
             def trial(
                 directory: Path,
                 work: Work = work,
-                half: bool = half,
                 expected: np.ndarray = expected,
+                *,
+                half: bool = half,
             ) -> list[str]:
                 sizes = self.random.sample(range(1, 100), 6)
                 for size in sizes[:-1]:

@@ -72,9 +72,9 @@ class Pipeline:
         pieces = []
         by_parameter = getattr(self.projector, "by_parameter", False)
         for block in grads:
-            splits = by_parameter and isinstance(block, Tensor)
-            named = self.selection.split(block) if splits else block
-            pieces.append(self.projector.project(named, model_id=self.model_id))
+            if by_parameter and isinstance(block, Tensor):
+                block = self.selection.split(block)
+            pieces.append(self.projector.project(block, model_id=self.model_id))
         rows = torch.cat(pieces).detach()
         if rows.shape != (size, self.proj_dim):
             raise GradientError(
@@ -179,6 +179,8 @@ def store_batch(
     weights = pipeline.out_to_loss(batch, len(inds)) if pipeline.weighted else None
     rows = pipeline.rows(batch, len(inds))
     check_same_rows(store, prefix, flag, inds, rows, changed, pipeline.what)
+    if not pending.any():
+        return
     finite = finite_rows(rows, weights)
     bad = np.flatnonzero(pending & ~finite)
     if len(bad) and not skip:
@@ -187,7 +189,8 @@ def store_batch(
         raise pipeline.non_finite(batch, position, int(inds[position]), weight)
     extras = {f"{prefix}row_digest": digests[pending][:, None]}
     if weights is not None and exp_name is None:
-        extras["out_to_loss"] = weights.cpu().numpy()[pending]
+        known = np.where(finite[:, None], weights.cpu().numpy(), np.float32(0))
+        extras["out_to_loss"] = known[pending]
     chosen = torch.from_numpy(pending)
     write_rows(
         store, prefix, flag, inds[pending], rows.cpu()[chosen], extras, finite[pending]
@@ -224,7 +227,7 @@ def write_rows(
         rows: Projected gradients. Shape ``(k, p)``.
         extras: Further arrays by name, each with ``k`` rows; those that the store does
             not have are left out.
-        finite: Which rows are finite; the others are written as zeros and marked.
+        finite: Which rows are finite; the others become zeros and are marked.
 
     Raises:
         StoreWriteError: If a value does not survive in the store's own type.
@@ -247,11 +250,7 @@ def write_rows(
         values[f"{prefix}grads"] = stored
     for name, value in values.items():
         if name in store:
-            store[name][inds] = np.where(
-                finite.reshape(-1, *[1] * (value.ndim - 1)),
-                value,
-                np.zeros((), value.dtype),
-            ).reshape(len(inds), -1)
+            store[name][inds] = value.reshape(len(inds), -1)
             _flush(store[name])
     if flag in store:
         flags = store[flag]

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import re
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ TRAIN_ARRAYS = {
     "row_digest": ArraySpec("{model}/_row_digest.mmap", ("n", "1"), "int64"),
     "is_featurized": ArraySpec("{model}/_is_featurized.mmap", ("n", "1"), "int32"),
 }
-"""Arrays of a checkpoint, in the order in which a row is written: its flag last."""
+"""Arrays of a checkpoint; of a row, the flag is written last."""
 
 DERIVED_ARRAYS = {
     "gram": ArraySpec("{model}/gram.mmap", ("q", "q"), "float64"),
@@ -239,6 +240,24 @@ def read_record(path: Path) -> dict[str, Any]:
     return record
 
 
+def create_arrays(places: Sequence[tuple[Path, tuple[int, int], str]]) -> None:
+    """Make arrays of zeros where they are not there, the array of flags last.
+
+    Args:
+        places: Path, shape and type of each; flags say which rows of the others count.
+
+    Raises:
+        StoreCorruptError: If the flags are there and another array is not.
+    """
+    # Once there are flags, everything was there: no other process is still making it.
+    if places[-1][0].exists():
+        for path, _, _ in places:
+            if not path.exists():
+                raise StoreCorruptError(f"{path} is missing; {_REMEDY}")
+    for place in places:
+        create_array(*place)
+
+
 def create_array(path: Path, shape: tuple[int, int], dtype: str) -> None:
     """Make an array of zeros with all its blocks on disk, unless it is there already.
 
@@ -288,7 +307,7 @@ def new_array(
     with _temporary_beside(path) as temporary:
         with writing(path):
             write_header(temporary, shape, dtype, label)
-        array = np.lib.format.open_memmap(temporary, mode="r+")
+        array = open_array(temporary, shape, dtype, label=label)
         yield array
         with writing(path):
             array.flush()
@@ -300,12 +319,7 @@ def write_header(
 ) -> None:
     """Write an array file's header and label, and reserve its blocks."""
     with path.open("wb") as file:
-        header = {
-            "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-            "fortran_order": False,
-            "shape": shape,
-        }
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(_header(shape, dtype))
         size = file.tell() + shape[0] * shape[1] * np.dtype(dtype).itemsize
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size + len(label))
@@ -314,11 +328,22 @@ def write_header(
         file.write(label)
 
 
+def _header(shape: tuple[int, int], dtype: str) -> bytes:
+    file = io.BytesIO()
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    np.lib.format.write_array_header_1_0(file, header)
+    return file.getvalue()
+
+
 def open_array(
     path: Path,
     shape: tuple[int, int],
     dtype: str,
-    mode: str = "r+",
+    mode: Any = "r+",
     label: bytes = b"",
 ) -> np.memmap:
     """Map an array file, after checking that it is the one that was made.
@@ -337,31 +362,35 @@ def open_array(
         StoreCorruptError: If its header, shape, type or length is another.
         StoreWriteError: If it may not be written to.
     """
-    try:
-        with path.open("rb") as file:
-            np.lib.format.read_magic(file)
-            found = np.lib.format.read_array_header_1_0(file)
-            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-            length = file.tell() + size + len(label)
-    except ValueError as error:
+    with writing(path), path.open("rb") as file:
+        prefix = file.read(10)
+        text = file.read(int.from_bytes(prefix[8:], "little"))
+        offset = file.tell()
+        actual = os.fstat(file.fileno()).st_size
+    expected = _header(shape, dtype)
+    # The padding of the header is not the same in every version of NumPy.
+    if prefix[:8] != expected[:8] or text.strip() != expected[10:].strip():
         raise StoreCorruptError(
-            f"{path} is not an array file of this store ({error}); {_REMEDY}"
-        ) from error
-    expected = (tuple(shape), False, np.dtype(dtype))
-    if found != expected:
-        raise StoreCorruptError(
-            f"{path} holds {found[2]} of shape {found[0]} where {expected[2]} of shape "
-            f"{expected[0]} was expected; {_REMEDY}"
+            f"{path} is not the array file that belongs there: its header is "
+            f"{(prefix + text)[:99]!r}, where an array of {dtype} of shape {shape} was "
+            f"expected; {_REMEDY}"
         )
-    actual = path.stat().st_size
+    length = offset + shape[0] * shape[1] * np.dtype(dtype).itemsize + len(label)
     if actual != length:
         raise StoreCorruptError(
             f"{path} has {actual} bytes where {length} were expected: it was truncated or "
             f"written over; {_REMEDY}"
         )
     with writing(path):
-        array: np.memmap = np.lib.format.open_memmap(path, mode=mode)
-    return array
+        return np.memmap(path, dtype, mode, offset, shape)
+
+
+def holds(place: tuple[Path, tuple[int, int], str], values: np.ndarray) -> bool:
+    """Tell whether an array file is there, whole, and has these values."""
+    try:
+        return np.array_equal(open_array(*place, "r"), values)
+    except (StoreCorruptError, StoreWriteError):
+        return False
 
 
 _REMEDY = "delete what belongs to this checkpoint or experiment, and compute it again."

@@ -229,7 +229,7 @@ def parse_device(
         return parameter.device
     try:
         asked = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise OptionError(
             f"device={device!r} is not a device; the model is on {parameter.device}."
         ) from error
@@ -289,7 +289,10 @@ def _check_inds(
         inds = inds.cpu()
     elif isinstance(inds, Iterable) and not isinstance(inds, Sequence | np.ndarray):
         inds = list(inds)  # NumPy takes a generator or a set for one object
-    array = np.asarray(inds)
+    try:
+        array = np.asarray(inds)
+    except ValueError as error:
+        raise BatchError(f"inds must be whole numbers; got {inds!r}.") from error
     if array.size != size:
         raise BatchError(
             f"inds has {array.size} entries, but the batch has {size} examples."

@@ -41,7 +41,10 @@ class Selection:
         return hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """View ``(b, d)`` gradients as one ``(b, *shape)`` tensor per parameter.
+        """Cut ``(b, d)`` gradients into parameters.
+
+        Returns:
+            One view of shape ``(b, *shape)`` for each parameter.
 
         Raises:
             GradientError: If they have another shape.
@@ -132,9 +135,12 @@ def _match(
         matches = fnmatch.filter(parameters, pattern)
         if not matches:
             close = difflib.get_close_matches(pattern, parameters, n=3, cutoff=0.3)
+            known = (
+                f"the closest are {close}" if close else f"such as {[*parameters][:3]}"
+            )
             raise OptionError(
                 f"grad_wrt names {pattern!r}, which matches none of the model's "
-                f"{len(parameters)} parameters; the closest are {close}."
+                f"{len(parameters)} parameters; {known}."
             )
         chosen.update(matches)
     return chosen
@@ -158,7 +164,7 @@ def flatten_rows(grads: Gradients) -> Shaped[Tensor, "b d"]:
                 [1., 1., 0.]])
     """
     if isinstance(grads, Tensor):
-        return grads.reshape(len(grads), -1)
+        return grads.reshape(len(grads), math.prod(grads.shape[1:]))
     sizes = {len(grad) for grad in grads.values()}
     if len(sizes) != 1:
         raise BatchError(

@@ -139,17 +139,17 @@ def build_saver(
 
 
 def _build(name: str, given: Any, interface: type, **arguments: Any) -> Any:
+    missing = [
+        method
+        for method in getattr(interface, "__abstractmethods__", ())
+        if not callable(getattr(given, method, None))
+    ]
+    if missing:
+        raise OptionError(
+            f"{name} must be a subclass of {interface.__name__} or an instance of one; "
+            f"got {given!r}, which has no {', '.join(sorted(missing))}."
+        )
     if not isinstance(given, type):
-        missing = [
-            method
-            for method in getattr(interface, "__abstractmethods__", ())
-            if not callable(getattr(given, method, None))
-        ]
-        if missing:
-            raise OptionError(
-                f"{name} must be a subclass of {interface.__name__} or an instance of "
-                f"one; got {given!r}, which has no {', '.join(sorted(missing))}."
-            )
         return given
     try:
         return given(**arguments)

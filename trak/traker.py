@@ -335,6 +335,7 @@ class TRAKer:
         Raises:
             ExperimentError: If there is no such experiment, or targets are missing.
             ModelIDException: If a checkpoint is not finalized.
+            StoreMismatchError: If one was finalized with another damping.
             NonFiniteError: If a score is not finite.
         """
         exp_name, ids = self._session.select(exp_name, model_ids)
@@ -392,6 +393,7 @@ class TRAKer:
 
         Raises:
             ModelIDException: If there is no checkpoint, or one is not finalized.
+            SingularKernelError: If gradients were deleted, or scores are a custom class's.
         """
         self._session.end()
         ids = parse_model_ids(model_ids, self.saver.model_ids)

@@ -125,12 +125,9 @@ class MmapSaver(AbstractSaver):
         specs = self._places.used(_layout.TRAIN_ARRAYS)
         last = self._places.of(specs["is_featurized"], model_id)[0]
         if not last.exists():  # where it is, what is missing was removed
-            for spec in specs.values():
-                _layout.create_array(*self._places.of(spec, model_id))
+            places = [self._places.of(spec, model_id) for spec in specs.values()]
+            _layout.create_arrays(places)
         self.load_current_store(model_id)
-
-    def _grads_deleted(self, model_id: int) -> bool:
-        return bool(self.model_ids[model_id].get("grads_deleted"))
 
     def serialize_current_model_id_metadata(self) -> None:
         """Write the record of the current checkpoint, its two flags as they stand."""
@@ -140,7 +137,7 @@ class MmapSaver(AbstractSaver):
         record = self.model_ids[model_id]
         flags = self.current_store["is_featurized"]
         record["is_featurized"] = int(bool((flags != _layout.PENDING).all()))
-        if "weights" in record:
+        if "weights" in record and not record["is_finalized"]:
             self._pin_weights(model_id, record["weights"])
         found = read_finalized(self._places.directory(model_id))
         if not record["is_finalized"]:
@@ -233,7 +230,7 @@ class MmapSaver(AbstractSaver):
             # Another process may have finalized it. That is looked up after the arrays,
             # as gradients are deleted only when the record says so.
             record.update(read_finalized(self._places.directory(model_id)))
-        if self._grads_deleted(model_id):
+        if record.get("grads_deleted"):
             self._drop_grads(model_id, store, missing)
         if missing:
             raise ModelIDException(
@@ -301,10 +298,12 @@ class MmapSaver(AbstractSaver):
         """Keep the Gram matrix of the current checkpoint, and drop other features."""
         model_id = self._current()
         features = self._places.of(_layout.DERIVED_ARRAYS["features"], model_id)[0]
-        if not _layout.has_label(features, self._features_label(model_id)):
+        place = self._places.of(_layout.DERIVED_ARRAYS["gram"], model_id)
+        # Another process may have made the same ones, and deleted the gradients since.
+        is_same = _layout.has_label(features, self._features_label(model_id))
+        if not (is_same and _layout.holds(place, gram)):
             features.unlink(missing_ok=True)
             self.current_store.pop("features", None)
-        place = self._places.of(_layout.DERIVED_ARRAYS["gram"], model_id)
         with _layout.new_array(*place) as array:
             array[:] = gram
         self.current_store["gram"] = _layout.open_array(*place)
@@ -365,9 +364,10 @@ class MmapSaver(AbstractSaver):
                 f"experiment {exp_name!r} has {known.get('num_targets')} targets, not "
                 f"{num_targets}; use another exp_name for other targets."
             )
-        for spec in self._places.used(_layout.TARGET_ARRAYS).values():
-            place = self._places.of(spec, model_id, exp_name, num_targets)
-            _layout.create_array(*place)
+        specs = self._places.used(_layout.TARGET_ARRAYS).values()
+        _layout.create_arrays([
+            self._places.of(spec, model_id, exp_name, num_targets) for spec in specs
+        ])
         self.load_current_store(model_id)
         self.load_current_store(model_id, exp_name, num_targets)
 
@@ -381,6 +381,7 @@ class MmapSaver(AbstractSaver):
     @contextlib.contextmanager
     def open_scores(self, exp_name: str, num_targets: int) -> Iterator[Any]:
         """Give an array for the scores, which replaces older ones when it is whole."""
+        _layout.remove_dead_temporaries(self.save_dir / "scores")
         place = self._places.of(_layout.SCORES, 0, exp_name, num_targets)
         with _layout.new_array(*place) as array:
             yield array

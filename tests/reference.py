@@ -1,0 +1,66 @@
+"""The float64 oracle: loop gradients, explicit matrices, textbook TRAK."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from trak.projectors import AbstractProjector
+
+
+def margin(logits: Tensor, label: Tensor) -> Tensor:
+    """log p / (1 - p) of the correct class of one example."""
+    others = torch.arange(len(logits)) != label
+    return logits[label] - torch.logsumexp(logits[others], 0)
+
+
+def loop_gradients(
+    output: Callable[[int], Tensor], n: int, parameters: Sequence[Tensor]
+) -> Tensor:
+    """Gradients of n outputs, one backward pass each, parameters in order: (n, d)."""
+    rows = []
+    for i in range(n):
+        grads = torch.autograd.grad(
+            output(i), parameters, allow_unused=True, materialize_grads=True
+        )
+        rows.append(torch.cat([grad.reshape(-1) for grad in grads]))
+    return torch.stack(rows)
+
+
+def projection_matrix(
+    projector: AbstractProjector, parameters: dict[str, Tensor], model_id: int
+) -> Tensor:
+    """The matrix of a projector, row by row, from unit gradients: (d, p), float64."""
+    sizes = [value.numel() for value in parameters.values()]
+    columns = torch.eye(sum(sizes), dtype=torch.float64).split(sizes, dim=1)
+    units = {
+        name: column.reshape(-1, *value.shape)
+        for (name, value), column in zip(parameters.items(), columns, strict=True)
+    }
+    return projector.project(units, model_id=model_id).double()
+
+
+def ridge_inverse(x: Tensor, lambda_reg: float | str) -> Tensor:
+    """(X'X + λI)^-1 of features X, with λ as TRAKer takes it."""
+    n, p = x.shape
+    kernel = x.T @ x
+    if lambda_reg == "pinv":
+        return torch.linalg.pinv(kernel, hermitian=True, rtol=1e-9)
+    ridge = kernel.trace() / min(n, p) if lambda_reg == "auto" else lambda_reg
+    return torch.linalg.inv(kernel + ridge * torch.eye(p, dtype=x.dtype))
+
+
+def trak(
+    features: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    out_to_loss: Sequence[Tensor],
+    lambda_reg: float | str = "auto",
+) -> Tensor:
+    """Mean over checkpoints of X (X'X + λI)^-1 φ, times the mean of Q: (n, m)."""
+    total = sum(
+        x @ ridge_inverse(x, lambda_reg) @ phi.T
+        for x, phi in zip(features, targets, strict=True)
+    )
+    return total / len(features) * (sum(out_to_loss) / len(out_to_loss))[:, None]
