@@ -17,10 +17,16 @@ from trak import _finalizing as finalizing
 from trak._featurizing import read_array, read_rows
 from trak._layout import PENDING
 from trak._linalg import Kernel, TopK
-from trak._readiness import require_featurized, require_finalized
+from trak._readiness import (
+    has_features,
+    require_features,
+    require_featurized,
+    require_finalized,
+)
 from trak.errors import (
     ExperimentError,
     ModelIDException,
+    NoCheckpointError,
     NonFiniteError,
     SingularKernelError,
     StoreMismatchError,
@@ -73,10 +79,11 @@ class Scoring:
             del_grads: Whether to keep only their features.
 
         Raises:
-            ModelIDException: If there are none, or one lacks rows.
+            NoCheckpointError: If there are none.
+            ModelIDException: If one lacks rows.
         """
         if not model_ids:
-            raise ModelIDException(
+            raise NoCheckpointError(
                 "There is no checkpoint to finalize; load_checkpoint and featurize first."
             )
         for model_id in model_ids:
@@ -162,21 +169,14 @@ class Scoring:
     def _is_finished(self, model_id: int) -> bool:
         """Tell whether the current checkpoint has all that scoring needs of it."""
         is_finalized = bool(self.saver.model_ids[model_id].get("is_finalized"))
-        return is_finalized and self.is_current(model_id) and self._has_features()
+        if not (is_finalized and self.is_current(model_id)):
+            return False
+        return has_features(self.saver, on_demand=self._on_demand)
 
-    def _has_features(self) -> bool:
-        store = self.saver.current_store
-        on_demand = as_blocked(self.computer) is not None and "grads" in store
-        return on_demand or "features" in store
-
-    def _require_features(self, model_id: int) -> None:
-        self.saver.load_current_store(model_id)
-        if not self._has_features():
-            raise ModelIDException(
-                f"model id {model_id} is marked as finalized, but its features are not "
-                f"there: finalizing it anew was interrupted, or the file was removed. "
-                f"Call finalize_features()."
-            )
+    @property
+    def _on_demand(self) -> bool:
+        """Whether features can be made whenever there are gradients."""
+        return as_blocked(self.computer) is not None
 
     def _check_same(self, model_id: int) -> None:
         if not self.is_current(model_id):
@@ -203,9 +203,14 @@ class Scoring:
             The checkpoints to use.
 
         Raises:
-            ModelIDException: If one is not finalized, or none is left.
+            NoCheckpointError: If there are none, or none is left.
+            ModelIDException: If one is not finalized.
             ExperimentError: If one lacks targets.
         """
+        if not model_ids:
+            raise NoCheckpointError(
+                f"There is no checkpoint to score {exp_name!r} with; model_ids is empty."
+            )
         usable = []
         for model_id in model_ids:
             try:
@@ -217,7 +222,7 @@ class Scoring:
             else:
                 usable.append(model_id)
         if not usable:
-            raise ModelIDException(
+            raise NoCheckpointError(
                 f"No checkpoint has both finalized features and targets of {exp_name!r}; "
                 f"of {len(model_ids)} asked for, all were left out."
             )
@@ -226,7 +231,7 @@ class Scoring:
     def _check_usable(self, exp_name: str, model_id: int) -> None:
         require_finalized(self.saver, model_id)
         self._check_same(model_id)
-        self._require_features(model_id)
+        require_features(self.saver, model_id, on_demand=self._on_demand)
         m = int(self.saver.experiments[exp_name]["num_targets"])
         self.saver.load_current_store(model_id, exp_name, m)
         if self.saver.current_store.get(f"{exp_name}_grads") is None:
@@ -285,7 +290,8 @@ class Scoring:
     ) -> Iterator[Block]:
         total = torch.zeros(self.n, m)
         for side in sides:
-            self.computer.get_scores(side.train(0, self.n), side.targets(0, m), total)
+            train, targets = side.train(0, self.n), side.targets(0, m)
+            self.computer.get_scores(train, targets, accumulator=total)
         total *= (weight / len(sides)).float()[:, None]
         yield Block((0, self.n), (0, m), total)
 
@@ -294,16 +300,17 @@ class Scoring:
     ) -> tuple[Side, Float64[np.ndarray, " n"]]:
         saver = self.saver
         saver.load_current_store(model_id)
-        store = saver.current_store
+        # A copy: savers may put the next checkpoint's arrays into the same dictionary.
+        store = dict(saver.current_store)
+        has_grads = store.get("grads") is not None
         if exp_name is None:
-            targets = read_rows(store, "", self.device) if "grads" in store else None
+            targets = read_rows(store, "", self.device) if has_grads else None
         else:
             saver.load_current_store(model_id, exp_name, m)
-            store = saver.current_store
-            targets = read_rows(store, f"{exp_name}_", self.device)
+            targets = read_rows(saver.current_store, f"{exp_name}_", self.device)
         weight = np.asarray(store["out_to_loss"], dtype=np.float64).reshape(-1)
         blocked = as_blocked(self.computer)
-        if blocked is None or "grads" not in store:
+        if blocked is None or not has_grads:
             train = read_array(store["features"], self.device)
             return Side(train, targets or train, None), weight
 
@@ -368,11 +375,12 @@ class Scoring:
             The scores. Shape ``(n,)``.
 
         Raises:
-            ModelIDException: If there are none, or one is not finalized.
+            NoCheckpointError: If there are none.
+            ModelIDException: If one is not finalized.
             SingularKernelError: If the score computer is not the blocked one.
         """
         if not model_ids:
-            raise ModelIDException("There is no checkpoint; featurize one first.")
+            raise NoCheckpointError("There is no checkpoint; featurize one first.")
         blocked = as_blocked(self.computer)
         if blocked is None:
             raise SingularKernelError(
@@ -384,7 +392,7 @@ class Scoring:
         for model_id in model_ids:
             require_finalized(self.saver, model_id)
             self._check_same(model_id)
-            self._require_features(model_id)
+            require_features(self.saver, model_id, on_demand=self._on_demand)
             side, weight = self._side(model_id, None)
             influence += blocked.self_influence(side, self.n, self.p).cpu().numpy()
             weights += weight

@@ -19,7 +19,7 @@ from trak.savers._places import GRADS_DELETED, Places
 from trak.savers._records import (
     open_manifest,
     pin_weights,
-    read_experiment,
+    read_experiment_record,
     read_finalized,
     read_model_record,
     write_summary,
@@ -46,11 +46,11 @@ class MmapSaver(AbstractSaver):
         super().__init__(
             save_dir,
             metadata,
-            train_set_size,
-            proj_dim,
             load_from_save_dir,
             logging_level,
             use_half_precision,
+            train_set_size=train_set_size,
+            proj_dim=proj_dim,
         )
         self._places = Places(
             self.save_dir, train_set_size, proj_dim, use_half_precision
@@ -71,7 +71,7 @@ class MmapSaver(AbstractSaver):
             for model_id in self.model_ids:
                 _layout.remove_dead_temporaries(self._places.directory(model_id))
             for path in sorted(self._places.experiments.glob("*.json")):
-                self.experiments[path.stem] = read_experiment(path)
+                self.experiments[path.stem] = read_experiment_record(path)
         self.logger.info(
             "%s: %d checkpoints, %d experiments",
             self.save_dir,
@@ -358,7 +358,7 @@ class MmapSaver(AbstractSaver):
                 "scores_finalized": 0,
             }
             self._write_experiment(exp_name, new, replace=False)
-        known = self.experiments[exp_name] = read_experiment(path)
+        known = self.experiments[exp_name] = read_experiment_record(path)
         if known.get("num_targets") != num_targets:
             raise ExperimentError(
                 f"experiment {exp_name!r} has {known.get('num_targets')} targets, not "
