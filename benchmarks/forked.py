@@ -122,10 +122,16 @@ class Child:
         """Send it a signal; it may have ended already, but nobody has waited for it."""
         os.kill(self.pid, number)
 
-    def wait_until_stopped(self) -> bool:
-        """Wait until it stops; False if it ends instead."""
+    def wait_until_stopped(self) -> None:
+        """Wait until it stops.
+
+        Raises:
+            RuntimeError: If it ends instead.
+        """
         status = os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        return status is not None and status.si_code == os.CLD_STOPPED
+        if status is None or status.si_code != os.CLD_STOPPED:
+            self.end()
+            raise RuntimeError("the process ended where it should have stopped")
 
     def end(self) -> Ended:
         """Wait for its end.
