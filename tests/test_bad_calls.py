@@ -78,7 +78,7 @@ ORDER = [
     Case("scores of unknown id", "scored", ModelIDException,
          lambda b: b.traker.finalize_scores("exp", [9]), "9 is not in the store"),
     Case("scores of no id", "scored", ModelIDException,
-         lambda b: b.traker.finalize_scores("exp", []), "of 0 asked for"),
+         lambda b: b.traker.finalize_scores("exp", []), "model_ids is empty"),
     Case("scores of a word", "scored", OptionError,
          lambda b: b.traker.finalize_scores("exp", ["x"]),
          "model_ids must be a whole number; got 'x'"),

@@ -208,7 +208,7 @@ OPTIONS: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     *[(f"proj_dim {value!r}", {"proj_dim": value}, OptionError, regex) for value, regex in (
         (0, "proj_dim must be at least 1; got 0"), (-1, "at least 1; got -1"),
         (1.5, "whole number; got 1.5"), ("x", "whole number; got 'x'"),
-        (True, "whole number; got True"), (None, "whole number; got None"))],
+        (True, "whole number; got True"), (None, "leaves open how many"))],
     ("train_set_size 0", {"train_set_size": 0}, OptionError, "train_set_size must be at least 1"),
     ("train_set_size float", {"train_set_size": 11.0}, OptionError, "whole number; got 11.0"),
     ("projector_seed", {"projector_seed": 0.5}, OptionError, "projector_seed must be a whole"),

@@ -66,9 +66,8 @@ class Pipeline:
             GradientError: If gradients or projections do not have the right shape.
         """
         blocks = getattr(self.computer, "per_sample_grad_blocks", None)
-        grads = (
-            blocks(batch) if blocks else [self.computer.compute_per_sample_grad(batch)]
-        )
+        whole = self.computer.compute_per_sample_grad
+        grads = blocks(batch) if blocks else [whole(batch=batch)]
         pieces = []
         by_parameter = getattr(self.projector, "by_parameter", False)
         for block in grads:
@@ -124,7 +123,7 @@ class Pipeline:
             where = "its out-to-loss gradient"
         else:
             example = take(batch, slice(position, position + 1))
-            grads = self.computer.compute_per_sample_grad(example)
+            grads = self.computer.compute_per_sample_grad(batch=example)
             if isinstance(grads, Tensor) and grads.shape[-1] == self.selection.grad_dim:
                 grads = self.selection.split(grads)
             if not isinstance(grads, Tensor):

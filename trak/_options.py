@@ -92,8 +92,8 @@ class Options:
     device: torch.device
     """Where the model is, and where gradients and scores are computed."""
 
-    proj_dim: int
-    """Projected entries, ``p``."""
+    proj_dim: int | None
+    """Projected entries, ``p``; None where only a projector instance says."""
 
     use_half_precision: bool
     """Whether features are stored in float16; sums and solves are wider."""
@@ -153,7 +153,7 @@ def parse_options(
         save_dir=parse_save_dir(save_dir),
         load_from_save_dir=load_from_save_dir,
         device=parse_device(model, device),
-        proj_dim=positive("proj_dim", proj_dim),
+        proj_dim=None if proj_dim is None else positive("proj_dim", proj_dim),
         use_half_precision=use_half_precision,
         proj_max_batch_size=positive("proj_max_batch_size", proj_max_batch_size),
         projector_seed=integer("projector_seed", projector_seed),

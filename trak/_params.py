@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from trak._types import Gradients, GradWrt, Weights
-from trak.errors import BatchError, GradientError, OptionError
+from trak.errors import BatchError, GradientError, OptionError, UnknownNameError
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,9 @@ def select_parameters(
         The selection, in the model's own order whatever the order of ``grad_wrt``.
 
     Raises:
-        OptionError: If a name or glob matches nothing, names a frozen parameter, or
-            nothing at all is left to differentiate.
+        UnknownNameError: If a name or glob matches nothing.
+        OptionError: If a name is that of a frozen parameter, or nothing at all is left
+            to differentiate.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
@@ -138,7 +139,7 @@ def _match(
             known = (
                 f"the closest are {close}" if close else f"such as {[*parameters][:3]}"
             )
-            raise OptionError(
+            raise UnknownNameError(
                 f"grad_wrt names {pattern!r}, which matches none of the model's "
                 f"{len(parameters)} parameters; {known}."
             )

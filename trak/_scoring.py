@@ -21,6 +21,7 @@ from trak._readiness import require_featurized, require_finalized
 from trak.errors import (
     ExperimentError,
     ModelIDException,
+    NoCheckpointError,
     NonFiniteError,
     SingularKernelError,
     StoreMismatchError,
@@ -73,10 +74,11 @@ class Scoring:
             del_grads: Whether to keep only their features.
 
         Raises:
-            ModelIDException: If there are none, or one lacks rows.
+            NoCheckpointError: If there are none.
+            ModelIDException: If one lacks rows.
         """
         if not model_ids:
-            raise ModelIDException(
+            raise NoCheckpointError(
                 "There is no checkpoint to finalize; load_checkpoint and featurize first."
             )
         for model_id in model_ids:
@@ -181,9 +183,14 @@ class Scoring:
             The checkpoints to use.
 
         Raises:
-            ModelIDException: If one is not finalized, or none is left.
+            NoCheckpointError: If there are none, or none is left.
+            ModelIDException: If one is not finalized.
             ExperimentError: If one lacks targets.
         """
+        if not model_ids:
+            raise NoCheckpointError(
+                f"There is no checkpoint to score {exp_name!r} with; model_ids is empty."
+            )
         usable = []
         for model_id in model_ids:
             try:
@@ -195,7 +202,7 @@ class Scoring:
             else:
                 usable.append(model_id)
         if not usable:
-            raise ModelIDException(
+            raise NoCheckpointError(
                 f"No checkpoint has both finalized features and targets of {exp_name!r}; "
                 f"of {len(model_ids)} asked for, all were left out."
             )
@@ -263,7 +270,8 @@ class Scoring:
     ) -> Iterator[Block]:
         total = torch.zeros(self.n, m)
         for side in sides:
-            self.computer.get_scores(side.train(0, self.n), side.targets(0, m), total)
+            train, targets = side.train(0, self.n), side.targets(0, m)
+            self.computer.get_scores(train, targets, accumulator=total)
         total *= (weight / len(sides)).float()[:, None]
         yield Block((0, self.n), (0, m), total)
 
@@ -272,16 +280,17 @@ class Scoring:
     ) -> tuple[Side, Float64[np.ndarray, " n"]]:
         saver = self.saver
         saver.load_current_store(model_id)
-        store = saver.current_store
+        # A copy: savers may put the next checkpoint's arrays into the same dictionary.
+        store = dict(saver.current_store)
+        has_grads = store.get("grads") is not None
         if exp_name is None:
-            targets = read_rows(store, "", self.device) if "grads" in store else None
+            targets = read_rows(store, "", self.device) if has_grads else None
         else:
             saver.load_current_store(model_id, exp_name, m)
-            store = saver.current_store
-            targets = read_rows(store, f"{exp_name}_", self.device)
+            targets = read_rows(saver.current_store, f"{exp_name}_", self.device)
         weight = np.asarray(store["out_to_loss"], dtype=np.float64).reshape(-1)
         blocked = as_blocked(self.computer)
-        if blocked is None or "grads" not in store:
+        if blocked is None or not has_grads:
             train = read_array(store["features"], self.device)
             return Side(train, targets or train, None), weight
 
@@ -346,11 +355,12 @@ class Scoring:
             The scores. Shape ``(n,)``.
 
         Raises:
-            ModelIDException: If there are none, or one is not finalized.
+            NoCheckpointError: If there are none.
+            ModelIDException: If one is not finalized.
             SingularKernelError: If the score computer is not the blocked one.
         """
         if not model_ids:
-            raise ModelIDException("There is no checkpoint; featurize one first.")
+            raise NoCheckpointError("There is no checkpoint; featurize one first.")
         blocked = as_blocked(self.computer)
         if blocked is None:
             raise SingularKernelError(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from trak._options import Options
-from trak._types import GradWrt
 from trak.errors import OptionError, StoreMismatchError
 from trak.gradient_computers import AbstractGradientComputer
 from trak.modelout_functions import AbstractModelOutput
@@ -27,14 +26,14 @@ def build_gradient_computer(
     model: torch.nn.Module,
     task: AbstractModelOutput,
     options: Options,
-    grad_wrt: GradWrt | None,
 ) -> AbstractGradientComputer:
     """Build the gradient computer from its class, or take the instance.
 
     Returns:
         The gradient computer.
     """
-    chosen = None if grad_wrt is None else list(options.selection.names)
+    every = [name for name, _ in model.named_parameters()]
+    chosen = list(options.selection.names)
     built = _build(
         "gradient_computer",
         given,
@@ -44,7 +43,7 @@ def build_gradient_computer(
         grad_dim=options.selection.grad_dim,
         dtype=torch.float32,
         device=options.device,
-        grad_wrt=chosen,
+        grad_wrt=None if chosen == every else chosen,
     )
     result: AbstractGradientComputer = built
     return result
@@ -55,25 +54,34 @@ def build_projector(given: Any, options: Options) -> AbstractProjector:
 
     Returns:
         The projector.
+
+    Raises:
+        OptionError: If nothing says how many entries it should make.
     """
-    grad_dim = options.selection.grad_dim
-    if given is None:
-        return default_projector(
-            grad_dim, options.proj_dim, options.projector_seed, options.device
+    if given is not None and not isinstance(given, type):
+        instance: AbstractProjector = _build("projector", given, AbstractProjector)
+        return instance
+    keeps_all = given is not None and issubclass(given, NoOpProjector)
+    proj_dim = 0 if keeps_all else options.proj_dim
+    if proj_dim is None:
+        raise OptionError(
+            "proj_dim=None leaves open how many entries to project to; pass a number, or "
+            "a projector instance."
         )
-    kind = given if isinstance(given, type) else object
+    grad_dim, seed = options.selection.grad_dim, options.projector_seed
+    if given is None:
+        return default_projector(grad_dim, proj_dim, seed, options.device)
     common = {
         "grad_dim": grad_dim,
-        "proj_dim": 0 if issubclass(kind, NoOpProjector) else options.proj_dim,
-        "seed": options.projector_seed,
-        "proj_type": "sparse" if issubclass(kind, SparseProjector) else "rademacher",
+        "proj_dim": proj_dim,
+        "seed": seed,
+        "proj_type": "sparse" if issubclass(given, SparseProjector) else "rademacher",
         "device": options.device,
     }
-    if issubclass(kind, CudaProjector):
+    if issubclass(given, CudaProjector):
         common["max_batch_size"] = options.proj_max_batch_size
-    built = _build("projector", given, AbstractProjector, **common)
-    result: AbstractProjector = built
-    return result
+    built: AbstractProjector = _build("projector", given, AbstractProjector, **common)
+    return built
 
 
 def build_score_computer(
@@ -84,14 +92,19 @@ def build_score_computer(
     Returns:
         The score computer.
     """
+    chosen = BasicScoreComputer if given is None else given
+    lambda_reg = options.damping.lambda_reg
+    own = isinstance(chosen, type) and not issubclass(chosen, BasicScoreComputer)
+    if own and lambda_reg == "auto":
+        lambda_reg = 0.0  # 0.3.2's default: such a class computes with a number
     built = _build(
         "score_computer",
-        BasicScoreComputer if given is None else given,
+        chosen,
         AbstractScoreComputer,
         dtype=torch.float32,
         device=options.device,
         logging_level=logging_level,
-        lambda_reg=options.damping.lambda_reg,
+        lambda_reg=lambda_reg,
     )
     result: AbstractScoreComputer = built
     return result

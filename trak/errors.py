@@ -11,12 +11,16 @@ class OptionError(TrakError, ValueError):
     """An argument has a value that cannot work."""
 
 
-class UnknownTaskError(OptionError, KeyError):
-    """The task's name is not one of the registered names."""
+class UnknownNameError(OptionError, KeyError):
+    """A name is not one of the known names."""
 
     def __str__(self) -> str:
         # KeyError would print the repr of its message.
         return Exception.__str__(self)
+
+
+class UnknownTaskError(UnknownNameError):
+    """The task's name is not one of the registered names."""
 
 
 class OrderError(TrakError, AssertionError):
@@ -77,6 +81,10 @@ class BackendError(TrakError, ModuleNotFoundError, ValueError):
 
 class ModelIDException(TrakError):  # noqa: N818  0.3.2's name
     """A model id is unknown, taken, or not yet in the state a call needs."""
+
+
+class NoCheckpointError(ModelIDException, AssertionError):
+    """There is no checkpoint to work with."""
 
 
 class ExperimentError(TrakError, ValueError):

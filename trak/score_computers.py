@@ -33,7 +33,9 @@ class AbstractScoreComputer(ABC):
 
     A subclass is given to :class:`trak.TRAKer` as a class and built with ``dtype``,
     ``device``, ``logging_level`` and ``lambda_reg`` by keyword. The façade then holds
-    features and scores of shape ``(n, p)`` and ``(n, m)`` in memory.
+    features and scores of shape ``(n, p)`` and ``(n, m)`` in memory. A façade whose
+    damping is ``"auto"`` passes 0.0, as 0.3.2 did, except to a
+    :class:`BasicScoreComputer`, which knows what that means.
 
     Args:
         dtype: Floating-point type of the computation.
@@ -51,7 +53,8 @@ class AbstractScoreComputer(ABC):
     ) -> None:
         self.dtype = dtype
         self.device = torch.device(device)
-        self.logging_level = logging_level
+        self.logger = logging.getLogger("ScoreComputer")
+        self.logger.setLevel(logging_level)
         self.lambda_reg = lambda_reg
 
     @abstractmethod

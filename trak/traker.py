@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import torch
@@ -79,7 +79,7 @@ class TRAKer:
     def __init__(
         self,
         model: torch.nn.Module,
-        task: AbstractModelOutput | type[AbstractModelOutput] | str,
+        task: Any,
         train_set_size: int,
         save_dir: str | Path = "./trak_results",
         load_from_save_dir: bool = True,  # noqa: FBT001  0.3.2's signature
@@ -88,7 +88,7 @@ class TRAKer:
         projector: Any = None,
         saver: Any = None,
         score_computer: Any = None,
-        proj_dim: int = 2048,
+        proj_dim: int | None = 2048,
         logging_level: int = logging.INFO,
         use_half_precision: bool = True,  # noqa: FBT001  0.3.2's signature
         proj_max_batch_size: int = 32,
@@ -116,7 +116,7 @@ class TRAKer:
         self.logger.setLevel(logging_level)
         self.options = options
         self.model = model
-        self.task = resolve_task(task)
+        self.task: AbstractModelOutput = resolve_task(task)
         self.train_set_size = options.train_set_size
         self.save_dir = options.save_dir
         self.load_from_save_dir = load_from_save_dir
@@ -131,7 +131,7 @@ class TRAKer:
         built = build_projector(projector, options)
         self.proj_dim = built.proj_dim or self.num_params_for_grad
         self.gradient_computer = build_gradient_computer(
-            gradient_computer, model, self.task, options, grad_wrt
+            gradient_computer, model, self.task, options
         )
         self.score_computer = build_score_computer(
             score_computer, options, logging_level
@@ -201,7 +201,7 @@ class TRAKer:
     def featurize(
         self,
         batch: Batch,
-        inds: Iterable[int] | Tensor | np.ndarray | None = None,
+        inds: Iterable[SupportsIndex] | Tensor | np.ndarray | None = None,
         num_samples: int | None = None,
     ) -> None:
         r"""Compute and store the features of a batch of training examples.
@@ -291,7 +291,7 @@ class TRAKer:
     def score(
         self,
         batch: Batch,
-        inds: Iterable[int] | Tensor | np.ndarray | None = None,
+        inds: Iterable[SupportsIndex] | Tensor | np.ndarray | None = None,
         num_samples: int | None = None,
     ) -> None:
         """Compute and store the projected gradients of a batch of targets.

@@ -83,7 +83,7 @@ class AbstractGradientComputer(ABC):
             The gradients of consecutive examples, as
             :meth:`compute_per_sample_grad` gives them; here, of all at once.
         """
-        yield self.compute_per_sample_grad(batch)
+        yield self.compute_per_sample_grad(batch=batch)
 
 
 class SelectiveGradientComputer(AbstractGradientComputer):
@@ -126,4 +126,4 @@ class SelectiveGradientComputer(AbstractGradientComputer):
         """
         rows = max(1, self.max_block_bytes // (4 * self.selection.grad_dim))
         for low, high in spans(batch_size(batch), rows):
-            yield self.compute_per_sample_grad(take(batch, slice(low, high)))
+            yield self.compute_per_sample_grad(batch=take(batch, slice(low, high)))

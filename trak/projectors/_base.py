@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trak._signs import SCHEME, Key, stream_key
 from trak._types import Gradients
-from trak.errors import BatchError, OptionError
+from trak.errors import BatchError, OptionError, UnknownNameError
 from trak.projectors._gradients import check_device, named_columns
 
 
@@ -253,11 +253,11 @@ def parse_projection_type(
         The type.
 
     Raises:
-        OptionError: If it is none of ``known``.
+        UnknownNameError: If it is none of ``known``.
     """
     for member in known:
         if value == member.value:
             return member
     names = ", ".join(repr(member.value) for member in known)
     got = repr(getattr(value, "value", value))
-    raise OptionError(f"proj_type must be one of {names} here, got {got}")
+    raise UnknownNameError(f"proj_type must be one of {names} here, got {got}")

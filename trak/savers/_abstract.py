@@ -26,11 +26,11 @@ class AbstractSaver(ABC):
     Args:
         save_dir: The directory of the store.
         metadata: What every checkpoint of the store must agree in.
-        train_set_size: Number of training examples, ``n``.
-        proj_dim: Projected entries, ``p``.
         load_from_save_dir: Whether checkpoints that are already there take part.
         logging_level: Level of its logger.
         use_half_precision: Whether features are stored in float16.
+        train_set_size: Number of training examples, ``n``.
+        proj_dim: Projected entries, ``p``.
 
     Attributes:
         model_ids: Every checkpoint's record, by id: ``is_featurized``,
@@ -45,11 +45,12 @@ class AbstractSaver(ABC):
         self,
         save_dir: Path | str,
         metadata: Mapping[str, Any],
-        train_set_size: int = 0,
-        proj_dim: int = 0,
         load_from_save_dir: bool = True,  # noqa: FBT001  0.3.2's signature
         logging_level: int = logging.INFO,
         use_half_precision: bool = True,  # noqa: FBT001  0.3.2's signature
+        *,
+        train_set_size: int = 0,
+        proj_dim: int = 0,
     ) -> None:
         self.save_dir = Path(save_dir).resolve()
         self.metadata = dict(metadata)

@@ -18,7 +18,7 @@ from trak.savers._lazy import FeatureMaker, LazyStore
 from trak.savers._records import (
     open_manifest,
     pin_weights,
-    read_experiment,
+    read_experiment_record,
     read_model_record,
 )
 
@@ -43,11 +43,11 @@ class MmapSaver(AbstractSaver):
         super().__init__(
             save_dir,
             metadata,
-            train_set_size,
-            proj_dim,
             load_from_save_dir,
             logging_level,
             use_half_precision,
+            train_set_size=train_set_size,
+            proj_dim=proj_dim,
         )
         self.make_features: FeatureMaker | None = None
         for directory in (
@@ -62,7 +62,7 @@ class MmapSaver(AbstractSaver):
             for path in sorted(self.save_dir.glob("id_*.json")):
                 self.model_ids.update(read_model_record(path))
             for path in sorted(self._experiment_dir.glob("*.json")):
-                self.experiments[path.stem] = read_experiment(path)
+                self.experiments[path.stem] = read_experiment_record(path)
         self.logger.info(
             "%s: %d checkpoints, %d experiments",
             self.save_dir,
@@ -319,7 +319,7 @@ class MmapSaver(AbstractSaver):
             )
         path = self._experiment_dir / f"{exp_name}.json"
         if path.exists():
-            self.experiments[exp_name] = read_experiment(path)
+            self.experiments[exp_name] = read_experiment_record(path)
         known = self.experiments.get(exp_name)
         if known is None:
             known = {
@@ -348,7 +348,7 @@ class MmapSaver(AbstractSaver):
         _layout.write_record(self._experiment_dir / f"{exp_name}.json", record)
         # The file of 0.3.2: a summary of the records, so no update of it can get lost.
         summary = {
-            path.stem: _layout.read_record(path)
+            path.stem: read_experiment_record(path)
             for path in sorted(self._experiment_dir.glob("*.json"))
         }
         _layout.write_record(self.save_dir / _layout.EXPERIMENTS, summary)

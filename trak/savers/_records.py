@@ -74,7 +74,7 @@ def read_model_record(path: Path) -> dict[int, dict[str, Any]]:
     return {int(key): {**flags, **record}}
 
 
-def read_experiment(path: Path) -> dict[str, Any]:
+def read_experiment_record(path: Path) -> dict[str, Any]:
     """Read the record of an experiment.
 
     Args:
@@ -87,10 +87,11 @@ def read_experiment(path: Path) -> dict[str, Any]:
         StoreCorruptError: If it does not say how many targets there are.
     """
     record = _layout.read_record(path)
-    if type(record.get("num_targets")) is not int or record["num_targets"] < 1:
+    num_targets = record.get("num_targets")
+    if type(num_targets) is not int or num_targets < 1:
         raise StoreCorruptError(
-            f"{path} is not the record of an experiment; move it away, or use another "
-            f"save_dir."
+            f"{path} is not the record of an experiment: num_targets is {num_targets!r}. "
+            f"Move it away, or use another save_dir."
         )
     return record
 
