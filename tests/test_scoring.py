@@ -126,10 +126,10 @@ def test_an_experiment_without_arrays_on_a_checkpoint(tmp_path: Path) -> None:
     traker.load_checkpoint(bench.problem.checkpoints[1])
     traker.featurize(bench.problem.train)
     with pytest.raises(ModelIDException, match="1 is not finalized"):
-        traker.finalize_scores("exp")
+        traker.finalize_scores("exp", [0, 1])
     traker.finalize_features()
     with pytest.raises(ExperimentError, match="has no targets on model id 1; score"):
-        traker.finalize_scores("exp")
+        traker.finalize_scores("exp", [0, 1])
     assert score(traker, bench.problem).shape == (11, 4)
 
 
