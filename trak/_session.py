@@ -153,7 +153,40 @@ class Session:
                 f"There is no experiment {exp_name!r}; the store has "
                 f"{sorted(experiments)}. Score targets before finalize_scores."
             )
-        return exp_name, parse_model_ids(model_ids, self.saver.model_ids)
+        return exp_name, self.select_ids(model_ids)
+
+    def select_ids(self, model_ids: Iterable[int] | None) -> list[int]:
+        """Find the checkpoints that a call for scores means.
+
+        Args:
+            model_ids: The checkpoints; None for all.
+
+        Returns:
+            Their ids.
+        """
+        self.end()
+        ids = parse_model_ids(model_ids, self.saver.model_ids)
+        if model_ids is None:
+            self._warn_of_others(ids)
+        return ids
+
+    def _warn_of_others(self, ids: list[int]) -> None:
+        """Warn of checkpoints that an earlier run left behind, perhaps by mistake.
+
+        A run that loaded none of the store's checkpoints means all of them.
+        """
+        loaded = {model_id for model_id, _ in self._cursors}
+        others = [model_id for model_id in ids if model_id not in loaded]
+        if loaded and others:
+            mine = sorted(loaded)
+            warnings.warn(
+                f"The scores average over {len(ids)} checkpoints, and this TRAKer loaded "
+                f"only model ids {mine}: {others} were in {self.options.save_dir} before. "
+                f"If they belong to another run, pass model_ids={mine}, or use another "
+                f"save_dir; if not, pass model_ids={ids}.",
+                TrakWarning,
+                stacklevel=4,
+            )
 
     def _begin(self, model_id: int, exp_name: str | None, total: int) -> None:
         other = self._other_rows(model_id) if exp_name is None else None
