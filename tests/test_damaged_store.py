@@ -30,9 +30,9 @@ ARRAYS = [
     "0/exp_is_scored.mmap",
     "scores/exp.mmap",
 ]
-RECORDS = ["metadata.json", "id_0.json", "experiments/exp.json"]
-# The first is written for readers of 0.3.2; the others matter to concurrent writers.
-NOT_READ = ["experiments.json", "0/finalized.json", "0/weights.json"]
+RECORDS = ["metadata.json", "id_0.json", "0/finalized.json", "experiments/exp.json"]
+# The first is written for readers of 0.3.2, the other matters to concurrent writers.
+NOT_READ = ["experiments.json", "0/weights.json"]
 
 
 @pytest.fixture(scope="module")

@@ -289,7 +289,8 @@ def test_checkpoints_that_another_traker_added_take_part(tmp_path: Path) -> None
     for model_id, checkpoint in enumerate(problem.checkpoints):
         second.start_scoring_checkpoint("exp", checkpoint, model_id, problem.m)
         second.score(problem.targets)
-    scores = torch.from_numpy(first.finalize_scores() + 0.0)
+    with pytest.warns(TrakWarning, match="average over 2 checkpoints"):
+        scores = torch.from_numpy(first.finalize_scores() + 0.0)
     assert_scores(scores, problem.expected(sparse(problem)))
     assert first.saver.experiments["exp"]["model_ids"] == [0, 1]
 
@@ -343,3 +344,22 @@ def test_two_processes_write_one_store(tmp_path: Path) -> None:
     assert sorted(traker.saver.model_ids) == [0, 1, 2]
     traker.finalize_features()
     assert_scores(score(traker, problem, 2), expected, 1e-6)
+
+
+def test_checkpoints_of_another_run_are_noticed(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4, checkpoints=2)
+    first, second = problem.checkpoints
+    for checkpoint in (first, second):
+        traker = make(problem, tmp_path)
+        traker.load_checkpoint(checkpoint)
+        traker.featurize(problem.train)
+        traker.finalize_features()
+        traker.start_scoring_checkpoint(checkpoint, num_targets=problem.m)
+        traker.score(problem.targets)
+    with pytest.warns(TrakWarning, match=r"loaded only model ids \[1\]: \[0\] were in"):
+        both = traker.finalize_scores()
+    with pytest.warns(TrakWarning, match=r"pass model_ids=\[1\]"):
+        traker.self_influence()
+    # Named, or in a program that only finalizes, they are meant.
+    np.testing.assert_array_equal(traker.finalize_scores(model_ids=[0, 1]), both)
+    np.testing.assert_array_equal(make(problem, tmp_path).finalize_scores(), both)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
 import os
 import re
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,15 +132,27 @@ def make_directory(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def _temporary_prefix() -> str:
-    return f".trak-{socket.gethostname()}-{os.getpid()}-"
+_TEMPORARY = re.compile(r"\.trak-(?P<machine>.+)-(?P<pid>\d+)-[a-z0-9_]+")
+
+_WEEK = 7 * 24 * 3600.0
+
+
+def _machine() -> str:
+    """Name this host and its table of processes, of which every container has its own."""
+    try:
+        processes = Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        processes = 0
+    return f"{socket.gethostname()}-{processes}"
 
 
 @contextlib.contextmanager
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """Give a new file's path in the same directory; it is gone afterwards."""
     with writing(path):
-        handle, name = tempfile.mkstemp(prefix=_temporary_prefix(), dir=path.parent)
+        handle, name = tempfile.mkstemp(
+            prefix=f".trak-{_machine()}-{os.getpid()}-", dir=path.parent
+        )
         os.close(handle)
     temporary = Path(name)
     try:
@@ -148,16 +162,23 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def remove_dead_temporaries(directory: Path) -> None:
-    """Remove what killed processes of this machine left half-made in a directory."""
-    marker = f".trak-{socket.gethostname()}-"
-    for path in directory.glob(f"{marker}*"):
-        pid = path.name.removeprefix(marker).split("-")[0]
-        if (
-            pid.isdecimal()
-            and not Path(f"/proc/{pid}").exists()
-            and Path("/proc").exists()
-        ):
-            path.unlink(missing_ok=True)
+    """Remove what killed processes left half-made in a directory.
+
+    Whether a process of another machine is alive cannot be seen from here; what such
+    processes left goes after a week without a change.
+    """
+    for path in directory.glob(".trak-*"):
+        made = _TEMPORARY.fullmatch(path.name)
+        if made is not None:
+            with contextlib.suppress(OSError):  # another process removed it, or may
+                if _is_dead(path, made["machine"], made["pid"]):
+                    path.unlink()
+
+
+def _is_dead(temporary: Path, machine: str, pid: str) -> bool:
+    if machine == _machine() and Path("/proc/self").exists():
+        return not Path(f"/proc/{pid}").exists()
+    return time.time() - temporary.stat().st_mtime > _WEEK
 
 
 def write_record(
@@ -253,27 +274,58 @@ def create_array(path: Path, shape: tuple[int, int], dtype: str) -> None:
         _publish(temporary, path, replace=False)
 
 
+def label_of(text: str) -> bytes:
+    """Shorten what an array was made with to the 32 bytes that may follow its data."""
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest().encode()
+
+
+def has_label(path: Path, label: bytes) -> bool:
+    """Tell whether a file ends with a label; one that is not there does not."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(label), os.SEEK_END)
+            return file.read() == label
+    except OSError:  # not there, or shorter
+        return False
+
+
 @contextlib.contextmanager
-def new_array(path: Path, shape: tuple[int, int], dtype: str) -> Iterator[np.memmap]:
-    """Fill a new array, which takes its name only when the block ends without error."""
+def new_array(
+    path: Path, shape: tuple[int, int], dtype: str, label: bytes = b""
+) -> Iterator[np.memmap]:
+    """Fill a new array, which takes its name only when the block ends without error.
+
+    Args:
+        path: Where.
+        shape: Its shape.
+        dtype: Its type's name.
+        label: What follows the data: in the same file, so that no crash can part them.
+
+    Yields:
+        The array, of zeros.
+    """
     with _temporary_beside(path) as temporary:
         with writing(path):
-            write_header(temporary, shape, dtype)
-        array = open_array(temporary, shape, dtype)
+            write_header(temporary, shape, dtype, label)
+        array = open_array(temporary, shape, dtype, label=label)
         yield array
         with writing(path):
             array.flush()
             _publish(temporary, path, replace=True)
 
 
-def write_header(path: Path, shape: tuple[int, int], dtype: str) -> None:
-    """Write an array file's header and reserve its blocks."""
+def write_header(
+    path: Path, shape: tuple[int, int], dtype: str, label: bytes = b""
+) -> None:
+    """Write an array file's header and label, and reserve its blocks."""
     with path.open("wb") as file:
         file.write(_header(shape, dtype))
         size = file.tell() + shape[0] * shape[1] * np.dtype(dtype).itemsize
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(file.fileno(), 0, size)
+            os.posix_fallocate(file.fileno(), 0, size + len(label))
         file.truncate(size)
+        file.seek(size)
+        file.write(label)
 
 
 def _header(shape: tuple[int, int], dtype: str) -> bytes:
@@ -288,9 +340,20 @@ def _header(shape: tuple[int, int], dtype: str) -> bytes:
 
 
 def open_array(
-    path: Path, shape: tuple[int, int], dtype: str, mode: Any = "r+"
+    path: Path,
+    shape: tuple[int, int],
+    dtype: str,
+    mode: Any = "r+",
+    label: bytes = b"",
 ) -> np.memmap:
     """Map an array file, after checking that it is the one that was made.
+
+    Args:
+        path: Where.
+        shape: Its shape.
+        dtype: Its type's name.
+        mode: How NumPy maps it: ``"r"``, ``"r+"`` or ``"c"``.
+        label: What follows the data; only its length is checked.
 
     Returns:
         The array.
@@ -312,7 +375,7 @@ def open_array(
             f"{(prefix + text)[:99]!r}, where an array of {dtype} of shape {shape} was "
             f"expected; {_REMEDY}"
         )
-    length = offset + shape[0] * shape[1] * np.dtype(dtype).itemsize
+    length = offset + shape[0] * shape[1] * np.dtype(dtype).itemsize + len(label)
     if actual != length:
         raise StoreCorruptError(
             f"{path} has {actual} bytes where {length} were expected: it was truncated or "
@@ -320,6 +383,14 @@ def open_array(
         )
     with writing(path):
         return np.memmap(path, dtype, mode, offset, shape)
+
+
+def holds(place: tuple[Path, tuple[int, int], str], values: np.ndarray) -> bool:
+    """Tell whether an array file is there, whole, and has these values."""
+    try:
+        return np.array_equal(open_array(*place, "r"), values)
+    except (StoreCorruptError, StoreWriteError):
+        return False
 
 
 _REMEDY = "delete what belongs to this checkpoint or experiment, and compute it again."

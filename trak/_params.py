@@ -165,7 +165,7 @@ def flatten_rows(grads: Gradients) -> Shaped[Tensor, "b d"]:
                 [1., 1., 0.]])
     """
     if isinstance(grads, Tensor):
-        return grads.reshape(len(grads), -1)
+        return grads.reshape(len(grads), math.prod(grads.shape[1:]))
     sizes = {len(grad) for grad in grads.values()}
     if len(sizes) != 1:
         raise BatchError(

@@ -45,3 +45,32 @@ def require_featurized(saver: AbstractSaver, model_id: int) -> None:
             f"model id {model_id} is featurized for {done} of {flags.size} examples; "
             f"featurize the rest before finalize_features."
         )
+
+
+def has_features(saver: AbstractSaver, *, on_demand: bool) -> bool:
+    """Tell whether the current checkpoint's features are there, or can be made.
+
+    Args:
+        saver: The saver, with a finalized checkpoint loaded.
+        on_demand: Whether they can be made from gradients at any time.
+
+    Returns:
+        Whether scores can be computed.
+    """
+    store = saver.current_store
+    return "features" in store or (on_demand and "grads" in store)
+
+
+def require_features(saver: AbstractSaver, model_id: int, *, on_demand: bool) -> None:
+    """Load a finalized checkpoint, and refuse it if its features are not there.
+
+    Raises:
+        ModelIDException: If they are not.
+    """
+    saver.load_current_store(model_id)
+    if not has_features(saver, on_demand=on_demand):
+        raise ModelIDException(
+            f"model id {model_id} is marked as finalized, but its features are not "
+            f"there: finalizing it anew was interrupted, or the file was removed. Call "
+            f"finalize_features()."
+        )

@@ -17,7 +17,12 @@ from trak import _finalizing as finalizing
 from trak._featurizing import read_array, read_rows
 from trak._layout import PENDING
 from trak._linalg import Kernel, TopK
-from trak._readiness import require_featurized, require_finalized
+from trak._readiness import (
+    has_features,
+    require_features,
+    require_featurized,
+    require_finalized,
+)
 from trak.errors import (
     ExperimentError,
     ModelIDException,
@@ -79,15 +84,15 @@ class Scoring:
         """
         if not model_ids:
             raise NoCheckpointError(
-                "There is no checkpoint to finalize: model_ids is empty, or nothing was "
-                "featurized yet; load_checkpoint and featurize first."
+                "There is no checkpoint to finalize; load_checkpoint and featurize first."
             )
         for model_id in model_ids:
             require_featurized(self.saver, model_id)
         for model_id in tqdm(model_ids, desc="Finalizing features", disable=self.quiet):
+            self.saver.load_current_store(model_id)  # others may have finalized it
             record = self.saver.model_ids[model_id]
             deleted = bool(record.get("grads_deleted"))
-            if not (record.get("is_finalized") and self.is_current(model_id)):
+            if not self._is_finished(model_id):
                 if deleted:
                     raise ModelIDException(
                         f"model id {model_id} was finalized with "
@@ -100,24 +105,26 @@ class Scoring:
                 self.finalize(model_id, del_grads=True)
             else:
                 logger.info("model id %d is finalized already", model_id)
+                # Whoever finalized it may have been killed between two records.
+                self.saver.serialize_current_model_id_metadata()
 
     def finalize(self, model_id: int, *, del_grads: bool) -> None:
         """Compute what scoring needs of a checkpoint, and mark it finalized.
 
         Args:
-            model_id: The checkpoint; all its rows are there.
+            model_id: The checkpoint, which is loaded; all its rows are there.
             del_grads: Whether to keep only its features.
 
         Raises:
             SingularKernelError: If its features are not finite.
         """
         saver = self.saver
-        saver.load_current_store(model_id)
         store, record = saver.current_store, saver.model_ids[model_id]
         blocked = as_blocked(self.computer)
         if blocked is not None:
             gram, kernel = finalizing.fit(blocked, store, self.n, self.p)
             found = finalizing.report(store, kernel, self.n, self.p)
+            record.update(finalized_with=describe(self.computer), is_finalized=0)
             saver.keep_gram(gram.cpu().numpy())
             record["report"] = found.as_dict()
             level = logging.WARNING if found.is_remarkable else logging.INFO
@@ -132,9 +139,9 @@ class Scoring:
                     f"{type(self.computer).__name__} gave features that are not finite "
                     f"for model id {model_id}."
                 )
+            record.update(finalized_with=describe(self.computer), is_finalized=0)
             with saver.open_features() as array:
                 array[:] = features.float().cpu().numpy()
-        record["finalized_with"] = describe(self.computer)
         record["is_finalized"] = 1
         saver.serialize_current_model_id_metadata()
         if del_grads:
@@ -158,6 +165,18 @@ class Scoring:
         """Tell whether a checkpoint was finalized the way this score computer does it."""
         mine = describe(self.computer)
         return bool(self.saver.model_ids[model_id].get("finalized_with", mine) == mine)
+
+    def _is_finished(self, model_id: int) -> bool:
+        """Tell whether the current checkpoint has all that scoring needs of it."""
+        is_finalized = bool(self.saver.model_ids[model_id].get("is_finalized"))
+        if not (is_finalized and self.is_current(model_id)):
+            return False
+        return has_features(self.saver, on_demand=self._on_demand)
+
+    @property
+    def _on_demand(self) -> bool:
+        """Whether features can be made whenever there are gradients."""
+        return as_blocked(self.computer) is not None
 
     def _check_same(self, model_id: int) -> None:
         if not self.is_current(model_id):
@@ -212,8 +231,8 @@ class Scoring:
     def _check_usable(self, exp_name: str, model_id: int) -> None:
         require_finalized(self.saver, model_id)
         self._check_same(model_id)
+        require_features(self.saver, model_id, on_demand=self._on_demand)
         m = int(self.saver.experiments[exp_name]["num_targets"])
-        self.saver.load_current_store(model_id)
         self.saver.load_current_store(model_id, exp_name, m)
         if self.saver.current_store.get(f"{exp_name}_grads") is None:
             raise ExperimentError(
@@ -309,16 +328,13 @@ class Scoring:
             model_ids: Checkpoints that :meth:`usable` gave.
 
         Returns:
-            The scores, mapped from their file; changes to them stay in memory. Shape
-            ``(n, m)``.
+            The ``(n, m)`` scores, mapped from their file; changes stay in memory.
         """
-        m = int(self.saver.experiments[exp_name]["num_targets"])
-        with self.saver.open_scores(exp_name, m) as array:
+        record = self.saver.experiments[exp_name]
+        with self.saver.open_scores(exp_name, int(record["num_targets"])) as array:
             for block in self.blocks(exp_name, model_ids):
                 array[slice(*block.rows), slice(*block.columns)] = block.values.cpu()
-        self.saver.experiments[exp_name].update(
-            model_ids=list(model_ids), finalized_with=describe(self.computer)
-        )
+        record.update(model_ids=[*model_ids], finalized_with=describe(self.computer))
         self.saver.save_scores(exp_name)
         scores: np.ndarray = self.saver.current_store[f"{exp_name}_scores"]
         return scores
@@ -376,6 +392,7 @@ class Scoring:
         for model_id in model_ids:
             require_finalized(self.saver, model_id)
             self._check_same(model_id)
+            require_features(self.saver, model_id, on_demand=self._on_demand)
             side, weight = self._side(model_id, None)
             influence += blocked.self_influence(side, self.n, self.p).cpu().numpy()
             weights += weight

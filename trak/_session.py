@@ -164,7 +164,7 @@ class Session:
         Raises:
             ExperimentError: If there is no such experiment.
         """
-        ids = self.choose(model_ids)
+        ids = self.select_ids(model_ids)
         experiments = self.saver.experiments
         if exp_name is None:
             only = next(iter(experiments)) if len(experiments) == 1 else None
@@ -175,6 +175,38 @@ class Session:
                 f"{sorted(experiments)}. Score targets before finalize_scores."
             )
         return exp_name, ids
+
+    def select_ids(self, model_ids: Iterable[int] | None) -> list[int]:
+        """Find the checkpoints that a call for scores means.
+
+        Args:
+            model_ids: The checkpoints; None for all.
+
+        Returns:
+            Their ids.
+        """
+        ids = self.choose(model_ids)
+        if model_ids is None:
+            self._warn_of_others(ids)
+        return ids
+
+    def _warn_of_others(self, ids: list[int]) -> None:
+        """Warn of checkpoints that an earlier run left behind, perhaps by mistake.
+
+        A run that loaded none of the store's checkpoints means all of them.
+        """
+        loaded = {model_id for model_id, _ in self._cursors}
+        others = [model_id for model_id in ids if model_id not in loaded]
+        if loaded and others:
+            mine = sorted(loaded)
+            warnings.warn(
+                f"The scores average over {len(ids)} checkpoints, and this TRAKer loaded "
+                f"only model ids {mine}: {others} were in {self.options.save_dir} before. "
+                f"If they belong to another run, pass model_ids={mine}, or use another "
+                f"save_dir; if not, pass model_ids={ids}.",
+                TrakWarning,
+                stacklevel=4,
+            )
 
     def choose(self, model_ids: Iterable[int] | None) -> list[int]:
         """Take no more batches, and find the checkpoints that a call means.

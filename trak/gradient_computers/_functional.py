@@ -117,8 +117,9 @@ class FunctionalGradientComputer(SelectiveGradientComputer):
             ) from error
         finite = torch.isfinite(values)
         if not finite.all():
-            for grad in grads.values():
-                grad[~finite] = torch.nan
+            for name, grad in grads.items():
+                shape = (-1, *[1] * (grad.ndim - 1))
+                grads[name] = grad.where(finite.reshape(shape), torch.nan)
         result: dict[str, Tensor] = grads
         return result
 

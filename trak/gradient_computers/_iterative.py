@@ -14,6 +14,7 @@ from trak._batches import (
     describe_value,
     rebuild,
     row_leaves,
+    take,
 )
 from trak._types import Batch
 from trak.errors import GradientError, TaskError, TrakError
@@ -94,6 +95,9 @@ class IterativeGradientComputer(SelectiveGradientComputer):
             )
             rows[i] = torch.cat([grad.to_dense().reshape(-1) for grad in grads])
         rows[~torch.isfinite(outputs.detach())] = torch.nan
+        if b > 1:  # one example's NaN is every example's, as 0 times NaN is NaN
+            for i in (~torch.isfinite(rows).all(dim=1)).nonzero()[:, 0].tolist():
+                rows[i] = self._rows(take(batch, slice(i, i + 1)))[0]
         return rows
 
     def _outputs(self, batch: Batch) -> object:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -11,15 +12,19 @@ from typing import Any
 import numpy as np
 
 from trak import _layout
-from trak._layout import ArraySpec
 from trak.errors import ExperimentError, ModelIDException, StoreError
 from trak.savers._abstract import AbstractSaver
 from trak.savers._lazy import FeatureMaker, LazyStore
+from trak.savers._places import GRADS_DELETED, Places
 from trak.savers._records import (
     open_manifest,
     pin_weights,
     read_experiment_record,
+    read_experiment_records,
+    read_finalized,
     read_model_record,
+    read_model_records,
+    write_summary,
 )
 
 
@@ -49,58 +54,20 @@ class MmapSaver(AbstractSaver):
             train_set_size=train_set_size,
             proj_dim=proj_dim,
         )
+        self._places = Places(
+            self.save_dir, train_set_size, proj_dim, use_half_precision
+        )
         self.make_features: FeatureMaker | None = None
-        for directory in (
-            self.save_dir,
-            self.save_dir / "scores",
-            self._experiment_dir,
-        ):
-            _layout.make_directory(directory)
-        mine = {**self.metadata, "format": _layout.FORMAT, "dtype": self._dtype}
+        self._places.prepare()
+        mine = {**self.metadata, "format": _layout.FORMAT, "dtype": self._places.dtype}
         open_manifest(self.save_dir, mine)
         if load_from_save_dir:
-            for path in sorted(self.save_dir.glob("id_*.json")):
-                self.model_ids.update(read_model_record(path))
-            for path in sorted(self._experiment_dir.glob("*.json")):
-                self.experiments[path.stem] = read_experiment_record(path)
-        self.logger.info(
-            "%s: %d checkpoints, %d experiments",
-            self.save_dir,
-            len(self.model_ids),
-            len(self.experiments),
-        )
-
-    @property
-    def _experiment_dir(self) -> Path:
-        return self.save_dir / "experiments"
-
-    @property
-    def _dtype(self) -> str:
-        return "float16" if self.use_half_precision else "float32"
-
-    def _record_path(self, model_id: int) -> Path:
-        return self.save_dir / f"id_{model_id}.json"
-
-    def _finalized_path(self, model_id: int) -> Path:
-        return self.save_dir / str(model_id) / "finalized.json"
+            self.refresh()
+            for model_id in self.model_ids:
+                _layout.remove_dead_temporaries(self._places.directory(model_id))
+        self.logger.info("%s: %d checkpoints", self.save_dir, len(self.model_ids))
 
     # -- arrays -----------------------------------------------------------------------
-
-    def _place(
-        self, spec: ArraySpec, model_id: int, exp_name: str = "", num_targets: int = 0
-    ) -> tuple[Path, tuple[int, int], str]:
-        n, p = self.train_set_size, self.proj_dim
-        sizes = {"n": n, "p": p, "q": min(n, p), "m": num_targets, "1": 1}
-        path = self.save_dir / spec.path.format(model=model_id, exp=exp_name)
-        dtype = self._dtype if spec.dtype == "store" else spec.dtype
-        return path, (sizes[spec.axes[0]], sizes[spec.axes[1]]), dtype
-
-    def _used(self, specs: Mapping[str, ArraySpec]) -> dict[str, ArraySpec]:
-        return {
-            key: spec
-            for key, spec in specs.items()
-            if self.use_half_precision or not key.endswith("_exponent")
-        }
 
     def register_model_id(
         self,
@@ -123,8 +90,8 @@ class MmapSaver(AbstractSaver):
                 f"model id {model_id} is already registered in {self.save_dir}; "
                 f"load_checkpoint goes on with it, another id starts a new one."
             )
-        if self._record_path(model_id).exists():  # by another process, meanwhile
-            self.model_ids.update(read_model_record(self._record_path(model_id)))
+        if self._places.record(model_id).exists():  # by another process, meanwhile
+            self.model_ids.update(read_model_record(self._places.record(model_id)))
         fresh = model_id not in self.model_ids
         self.model_ids.setdefault(model_id, {"is_featurized": 0, "is_finalized": 0})
         try:
@@ -140,17 +107,15 @@ class MmapSaver(AbstractSaver):
         Args:
             model_id: The checkpoint's id.
         """
-        directory = self.save_dir / str(model_id)
+        directory = self._places.directory(model_id)
         _layout.make_directory(directory)
         _layout.remove_dead_temporaries(directory)
-        specs = self._used(_layout.TRAIN_ARRAYS)
-        if self._grads_deleted(model_id):
-            del specs["grads"]
-        _layout.create_arrays([self._place(s, model_id) for s in specs.values()])
+        specs = self._places.used(_layout.TRAIN_ARRAYS)
+        last = self._places.of(specs["is_featurized"], model_id)[0]
+        if not last.exists():  # where it is, what is missing was removed
+            places = [self._places.of(spec, model_id) for spec in specs.values()]
+            _layout.create_arrays(places)
         self.load_current_store(model_id)
-
-    def _grads_deleted(self, model_id: int) -> bool:
-        return bool(self.model_ids[model_id].get("grads_deleted"))
 
     def serialize_current_model_id_metadata(self) -> None:
         """Write the record of the current checkpoint, its two flags as they stand."""
@@ -160,14 +125,26 @@ class MmapSaver(AbstractSaver):
         record = self.model_ids[model_id]
         flags = self.current_store["is_featurized"]
         record["is_featurized"] = int(bool((flags != _layout.PENDING).all()))
-        if record["is_finalized"]:
-            _layout.write_record(self._finalized_path(model_id), record)
-        elif self._finalized_path(model_id).exists():  # by another process, meanwhile
-            record.update(_layout.read_record(self._finalized_path(model_id)))
-        if "weights" in record:
-            directory = self.save_dir / str(model_id)
-            pin_weights(directory / "weights.json", model_id, record["weights"])
-        _layout.write_record(self._record_path(model_id), {str(model_id): record})
+        if "weights" in record and not record["is_finalized"]:
+            self._pin_weights(model_id, record["weights"])
+        found = read_finalized(self._places.directory(model_id))
+        if not record["is_finalized"]:
+            record.update(found)
+        else:
+            if found.get("grads_deleted"):  # by another process, meanwhile
+                record["grads_deleted"] = True
+            _layout.write_record(self._places.finalized(model_id), record)
+        _layout.write_record(self._places.record(model_id), {str(model_id): record})
+
+    def _pin_weights(self, model_id: int, weights: str) -> None:
+        path = self._places.directory(model_id) / "weights.json"
+        try:
+            pin_weights(path, model_id, weights)
+        except ModelIDException:
+            del self.model_ids[model_id]  # it is the other process's
+            if self._places.record(model_id).exists():
+                self.model_ids.update(read_model_record(self._places.record(model_id)))
+            raise
 
     def load_current_store(
         self,
@@ -206,9 +183,11 @@ class MmapSaver(AbstractSaver):
                     f"{sorted(self.experiments)}."
                 )
             exp_num_targets = int(self.experiments[exp_name]["num_targets"])
-        specs = self._used(_layout.TARGET_ARRAYS)
+        specs = self._places.used(_layout.TARGET_ARRAYS)
         places = {
-            f"{exp_name}_{key}": self._place(spec, model_id, exp_name, exp_num_targets)
+            f"{exp_name}_{key}": self._places.of(
+                spec, model_id, exp_name, exp_num_targets
+            )
             for key, spec in specs.items()
         }
         if not all(path.exists() for path, _, _ in places.values()):
@@ -219,55 +198,84 @@ class MmapSaver(AbstractSaver):
         self.current_experiment_name = exp_name
         for key, place in places.items():
             self.current_store[key] = _layout.open_array(*place, mode)
-        scores = self._place(_layout.SCORES, model_id, exp_name, exp_num_targets)
+        scores = self._places.of(_layout.SCORES, model_id, exp_name, exp_num_targets)
         if scores[0].exists():
             self.current_store[f"{exp_name}_scores"] = _layout.open_array(*scores, "c")
 
     def _load_training(self, model_id: int, mode: str) -> dict[str, Any]:
         store: dict[str, Any] = LazyStore(self, model_id)
-        for key, spec in self._used(_layout.TRAIN_ARRAYS).items():
-            if key == "grads" and self._grads_deleted(model_id):
-                continue
-            place = self._place(spec, model_id)
-            if not place[0].exists():
-                raise ModelIDException(
-                    f"model id {model_id} has no {place[0].name} in {place[0].parent}; "
-                    f"delete that directory and {self._record_path(model_id).name}, and "
-                    f"featurize this checkpoint again."
-                )
-            store[key] = _layout.open_array(*place, mode)
-        for key, spec in _layout.DERIVED_ARRAYS.items():
-            place = self._place(spec, model_id)
-            if place[0].exists() and self.model_ids[model_id]["is_finalized"]:
+        missing = []
+        for key, spec in self._places.used(_layout.TRAIN_ARRAYS).items():
+            place = self._places.of(spec, model_id)
+            try:
                 store[key] = _layout.open_array(*place, mode)
+            except OSError as error:
+                if error.errno != errno.ENOENT:
+                    raise
+                missing.append(place[0])
+        record = self.model_ids[model_id]
+        if missing or not record["is_finalized"]:
+            # Another process may have finalized it. That is looked up after the arrays,
+            # as gradients are deleted only when the record says so.
+            record.update(read_finalized(self._places.directory(model_id)))
+        if record.get("grads_deleted"):
+            self._drop_grads(model_id, store, missing)
+        if missing:
+            raise ModelIDException(
+                f"model id {model_id} has no {missing[0].name} in {missing[0].parent}; "
+                f"delete that directory and {self._places.record(model_id).name}, and "
+                f"featurize this checkpoint again."
+            )
+        if record["is_finalized"]:
+            self._load_derived(model_id, mode, store)
         return store
+
+    def _drop_grads(
+        self, model_id: int, store: dict[str, Any], missing: list[Path]
+    ) -> None:
+        path = self._places.of(_layout.TRAIN_ARRAYS["grads"], model_id)[0]
+        if path in missing:
+            missing.remove(path)
+        else:  # a process was killed before it could delete them
+            del store["grads"]
+            path.unlink(missing_ok=True)
+
+    def _load_derived(self, model_id: int, mode: str, store: dict[str, Any]) -> None:
+        gram = self._places.of(_layout.DERIVED_ARRAYS["gram"], model_id)
+        if gram[0].exists():
+            store["gram"] = _layout.open_array(*gram, mode)
+        features = self._places.of(_layout.DERIVED_ARRAYS["features"], model_id)
+        if features[0].exists():
+            label = self._features_label(model_id)
+            array = _layout.open_array(*features, mode, label)
+            if _layout.has_label(features[0], label):
+                store["features"] = array
+
+    def _features_label(self, model_id: int) -> bytes:
+        """Give the mark of features that are made as the checkpoint's record says."""
+        return _layout.label_of(str(self.model_ids[model_id].get("finalized_with")))
 
     def open_digests(self, model_id: int) -> dict[str, Any] | None:
         """Map what tells the training data of another checkpoint, if it is there."""
         specs = {
             key: _layout.TRAIN_ARRAYS[key] for key in ("row_digest", "is_featurized")
         }
-        places = {key: self._place(spec, model_id) for key, spec in specs.items()}
+        places = {key: self._places.of(spec, model_id) for key, spec in specs.items()}
         if not all(path.exists() for path, _, _ in places.values()):
             return None
         return {key: _layout.open_array(*place, "r") for key, place in places.items()}
 
     def refresh(self) -> None:
-        """Read what other processes have written since.
-
-        Checkpoints and experiments that they added take part from now on, unless
-        ``load_from_save_dir`` was False; checkpoints that they finalized are finalized.
-        """
-        for path in sorted(self.save_dir.glob("id_*.json")):
-            for model_id, found in read_model_record(path).items():
-                mine = self.model_ids.get(model_id)
-                if mine is None and self.load_from_save_dir:
-                    self.model_ids[model_id] = found
-                elif mine is not None and not mine["is_finalized"]:
-                    mine.update(found)
+        """Learn what other processes finalized, and, if they take part, added."""
+        for model_id, found in read_model_records(self.save_dir).items():
+            mine = self.model_ids.get(model_id)
+            if mine is None and self.load_from_save_dir:
+                self.model_ids[model_id] = found
+            elif mine is not None and not mine["is_finalized"]:
+                mine.update(found)
         if self.load_from_save_dir:
-            for path in sorted(self._experiment_dir.glob("*.json")):
-                self.experiments.setdefault(path.stem, read_experiment_record(path))
+            there = read_experiment_records(self._places.experiments)
+            self.experiments = {**there, **self.experiments}
 
     # -- results ----------------------------------------------------------------------
 
@@ -280,18 +288,22 @@ class MmapSaver(AbstractSaver):
     @contextlib.contextmanager
     def new_features(self, model_id: int, store: dict[str, Any]) -> Iterator[np.memmap]:
         """Give an array for the features of a checkpoint, and add it to its arrays."""
-        place = self._place(_layout.DERIVED_ARRAYS["features"], model_id)
-        with _layout.new_array(*place) as array:
+        place = self._places.of(_layout.DERIVED_ARRAYS["features"], model_id)
+        label = self._features_label(model_id)
+        with _layout.new_array(*place, label) as array:
             yield array
-        store["features"] = _layout.open_array(*place)
+        store["features"] = _layout.open_array(*place, label=label)
 
     def keep_gram(self, gram: np.ndarray) -> None:
-        """Keep the Gram matrix of the current checkpoint, and drop older features."""
+        """Keep the Gram matrix of the current checkpoint, and drop other features."""
         model_id = self._current()
-        features = self._place(_layout.DERIVED_ARRAYS["features"], model_id)[0]
-        features.unlink(missing_ok=True)
-        self.current_store.pop("features", None)
-        place = self._place(_layout.DERIVED_ARRAYS["gram"], model_id)
+        features = self._places.of(_layout.DERIVED_ARRAYS["features"], model_id)[0]
+        place = self._places.of(_layout.DERIVED_ARRAYS["gram"], model_id)
+        # Another process may have made the same ones, and deleted the gradients since.
+        is_same = _layout.has_label(features, self._features_label(model_id))
+        if not (is_same and _layout.holds(place, gram)):
+            features.unlink(missing_ok=True)
+            self.current_store.pop("features", None)
         with _layout.new_array(*place) as array:
             array[:] = gram
         self.current_store["gram"] = _layout.open_array(*place)
@@ -309,11 +321,15 @@ class MmapSaver(AbstractSaver):
         Args:
             model_id: The checkpoint's id.
         """
-        self.model_ids[model_id]["grads_deleted"] = True
         self.load_current_store(model_id)
+        self.current_store.pop("grads", None)
+        self.model_ids[model_id]["grads_deleted"] = True
+        mark = self._places.directory(model_id) / GRADS_DELETED
+        _layout.write_record(mark, {"grads_deleted": True}, replace=False)
         self.serialize_current_model_id_metadata()
-        path = self._place(_layout.TRAIN_ARRAYS["grads"], model_id)[0]
-        path.unlink(missing_ok=True)
+        self._places.of(_layout.TRAIN_ARRAYS["grads"], model_id)[0].unlink(
+            missing_ok=True
+        )
 
     # -- experiments ------------------------------------------------------------------
 
@@ -330,51 +346,43 @@ class MmapSaver(AbstractSaver):
             ExperimentError: If the experiment is known with another number of targets.
         """
         _layout.check_exp_name(exp_name)
-        if not (self.save_dir / str(model_id)).exists():
+        if not (self._places.directory(model_id)).exists():
             raise ModelIDException(
                 f"model id {model_id} is not in {self.save_dir}; featurize it first."
             )
-        path = self._experiment_dir / f"{exp_name}.json"
-        if path.exists():
-            self.experiments[exp_name] = read_experiment_record(path)
-        known = self.experiments.get(exp_name)
-        if known is None:
-            known = {
+        path = self._places.experiment(exp_name)
+        if not path.exists():
+            new = {
                 "num_targets": num_targets,
-                "scores_path": str(self._scores_path(exp_name)),
+                "scores_path": str(self._places.scores(exp_name)),
                 "scores_finalized": 0,
             }
-            self._write_experiment(exp_name, known)
+            self._write_experiment(exp_name, new, replace=False)
+        known = self.experiments[exp_name] = read_experiment_record(path)
         if known.get("num_targets") != num_targets:
             raise ExperimentError(
                 f"experiment {exp_name!r} has {known.get('num_targets')} targets, not "
                 f"{num_targets}; use another exp_name for other targets."
             )
-        specs = self._used(_layout.TARGET_ARRAYS).values()
+        specs = self._places.used(_layout.TARGET_ARRAYS).values()
         _layout.create_arrays([
-            self._place(spec, model_id, exp_name, num_targets) for spec in specs
+            self._places.of(spec, model_id, exp_name, num_targets) for spec in specs
         ])
         self.load_current_store(model_id)
         self.load_current_store(model_id, exp_name, num_targets)
 
-    def _scores_path(self, exp_name: str) -> Path:
-        return self.save_dir / _layout.SCORES.path.format(exp=exp_name)
-
-    def _write_experiment(self, exp_name: str, record: dict[str, Any]) -> None:
-        self.experiments[exp_name] = record
-        _layout.write_record(self._experiment_dir / f"{exp_name}.json", record)
-        # The file of 0.3.2: a summary of the records, so no update of it can get lost.
-        summary = {
-            path.stem: read_experiment_record(path)
-            for path in sorted(self._experiment_dir.glob("*.json"))
-        }
-        _layout.write_record(self.save_dir / _layout.EXPERIMENTS, summary)
+    def _write_experiment(
+        self, exp_name: str, record: dict[str, Any], *, replace: bool = True
+    ) -> None:
+        path = self._places.experiment(exp_name)
+        _layout.write_record(path, record, replace=replace)
+        write_summary(self.save_dir / _layout.EXPERIMENTS, self._places.experiments)
 
     @contextlib.contextmanager
     def open_scores(self, exp_name: str, num_targets: int) -> Iterator[Any]:
         """Give an array for the scores, which replaces older ones when it is whole."""
         _layout.remove_dead_temporaries(self.save_dir / "scores")
-        place = self._place(_layout.SCORES, 0, exp_name, num_targets)
+        place = self._places.of(_layout.SCORES, 0, exp_name, num_targets)
         with _layout.new_array(*place) as array:
             yield array
         self.current_store[f"{exp_name}_scores"] = _layout.open_array(*place, "c")
@@ -386,4 +394,5 @@ class MmapSaver(AbstractSaver):
             exp_name: The experiment's name.
         """
         record = {**self.experiments[exp_name], "scores_finalized": 1}
+        self.experiments[exp_name] = record
         self._write_experiment(exp_name, record)

@@ -9,6 +9,7 @@ from typing import Any
 from trak import _layout
 from trak._version import __version__
 from trak.errors import ModelIDException, StoreCorruptError, StoreMismatchError
+from trak.savers._places import FINALIZED, GRADS_DELETED
 
 
 def open_manifest(save_dir: Path, mine: dict[str, Any]) -> None:
@@ -23,8 +24,9 @@ def open_manifest(save_dir: Path, mine: dict[str, Any]) -> None:
         StoreMismatchError: If it was written with other settings, or by 0.3.2.
     """
     path = save_dir / _layout.MANIFEST
+    # Looked for first: another process may be making the store at this moment.
+    strays = sorted(p.name for p in save_dir.glob("id_*.json"))
     if not path.exists():
-        strays = sorted(p.name for p in save_dir.glob("id_*.json"))
         if strays:
             raise StoreCorruptError(
                 f"{save_dir} has checkpoints ({strays[0]}) but no {_layout.MANIFEST}; it "
@@ -50,7 +52,10 @@ def open_manifest(save_dir: Path, mine: dict[str, Any]) -> None:
 
 
 def read_model_record(path: Path) -> dict[int, dict[str, Any]]:
-    """Read the record of a checkpoint.
+    """Read the record of a checkpoint, and what finalizing added to it.
+
+    Processes that featurize write the one, those that finalize the other, so what is
+    in the second stands.
 
     Args:
         path: Its file.
@@ -71,7 +76,37 @@ def read_model_record(path: Path) -> dict[int, dict[str, Any]]:
             f"{path} is not the record of a checkpoint; move it away, or use another "
             f"save_dir."
         )
-    return {int(key): {**flags, **record}}
+    return {int(key): {**flags, **record, **read_finalized(path.parent / key)}}
+
+
+def read_model_records(save_dir: Path) -> dict[int, dict[str, Any]]:
+    """Read the records of all checkpoints of a store, by model id."""
+    found: dict[int, dict[str, Any]] = {}
+    for path in sorted(save_dir.glob("id_*.json")):
+        found.update(read_model_record(path))
+    return found
+
+
+def read_experiment_records(directory: Path) -> dict[str, dict[str, Any]]:
+    """Read the records of all experiments, by name."""
+    paths = sorted(directory.glob("*.json"))
+    return {path.stem: read_experiment_record(path) for path in paths}
+
+
+def read_finalized(directory: Path) -> dict[str, Any]:
+    """Read what finalizing a checkpoint, and deleting its gradients, left on record.
+
+    Args:
+        directory: The checkpoint's directory.
+
+    Returns:
+        What its record has to be updated with.
+    """
+    path = directory / FINALIZED
+    found = _layout.read_record(path) if path.exists() else {}
+    if (directory / GRADS_DELETED).exists():
+        found["grads_deleted"] = True
+    return found
 
 
 def read_experiment_record(path: Path) -> dict[str, Any]:
@@ -94,6 +129,26 @@ def read_experiment_record(path: Path) -> dict[str, Any]:
             f"Move it away, or use another save_dir."
         )
     return record
+
+
+def write_summary(path: Path, directory: Path) -> None:
+    """Gather the records of all experiments in the one file that 0.3.2 has.
+
+    Args:
+        path: That file.
+        directory: Where the records are.
+    """
+    summary = None
+    while summary != (found := _read_all(directory)):  # others may write meanwhile
+        summary = found
+        _layout.write_record(path, summary)
+
+
+def _read_all(directory: Path) -> dict[str, Any]:
+    return {
+        path.stem: read_experiment_record(path)
+        for path in sorted(directory.glob("*.json"))
+    }
 
 
 def pin_weights(path: Path, model_id: int, weights: str) -> None:

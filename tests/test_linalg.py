@@ -1,0 +1,180 @@
+"""Gram matrices, damped solves, half-precision rows and streaming top-k."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.problems import assert_scores, draw
+from trak import _linalg
+from trak._linalg import (
+    Kernel,
+    TopK,
+    damp,
+    decode_half,
+    encode_half,
+    gram,
+    mean_eigenvalue,
+    pseudo_inverse,
+    spans,
+)
+from trak.errors import SingularKernelError
+
+
+@pytest.mark.parametrize(("total", "step"), [(0, 3), (1, 3), (6, 3), (7, 3), (5, 1)])
+def test_spans_cover_a_range_once(total: int, step: int) -> None:
+    pieces = [i for low, high in spans(total, step) for i in range(low, high)]
+    assert pieces == list(range(total))
+    assert all(0 < high - low <= step for low, high in spans(total, step))
+
+
+class TestGram:
+    @pytest.mark.parametrize("tile", [1, 5, 12, 1 << 24])
+    @pytest.mark.parametrize(
+        ("n", "p"), [(0, 2), (1, 1), (3, 5), (5, 3), (4, 4), (7, 1)]
+    )
+    def test_is_the_smaller_one(
+        self, monkeypatch: pytest.MonkeyPatch, n: int, p: int, tile: int
+    ) -> None:
+        monkeypatch.setattr(_linalg, "TILE", tile)
+        x = draw(n, p).float()
+        found = gram(lambda low, high: x[low:high], n, p)
+        expected = x.double().T @ x.double() if n > p else x.double() @ x.double().T
+        assert found.dtype == torch.float64
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+    def test_no_rows_and_no_columns_to_spare(self) -> None:
+        rows = torch.zeros(0, 2)
+        assert gram(lambda low, high: rows[low:high], 0, 2).shape == (0, 0)
+
+    def test_many_columns_are_summed_in_pieces(self) -> None:
+        x = torch.full((2, 9000), 0.1)
+        found = gram(lambda low, high: x[low:high], 2, 9000)
+        expected = x.double() @ x.double().T
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+class TestKernels:
+    def test_solving(self) -> None:
+        x = draw(6, 4)
+        kernel, right = x.T @ x, draw(4, 2, seed=1)
+        damped = damp(kernel, 0.5)
+        expected = torch.linalg.solve(kernel + 0.5 * torch.eye(4).double(), right)
+        torch.testing.assert_close(damped.solve(right), expected)
+        torch.testing.assert_close(
+            damped.solve(right.float()), expected, rtol=1e-5, atol=1e-5
+        )
+        assert isinstance(damped, Kernel)
+
+    def test_condition_number(self) -> None:
+        x = draw(20, 6)
+        kernel = x.T @ x
+        values = torch.linalg.eigvalsh(kernel + 0.1 * torch.eye(6).double())
+        estimate = damp(kernel, 0.1).condition
+        # Thirty steps of power iteration give the order of magnitude.
+        assert float(estimate) == pytest.approx(float(values[-1] / values[0]), rel=0.1)
+
+    @pytest.mark.parametrize("ridge", [0.0, 1e-12])
+    def test_kernels_that_rounding_decides(self, ridge: float) -> None:
+        x = draw(6, 4)
+        x[:, 3] = x[:, 2]
+        with pytest.raises(
+            SingularKernelError, match=r"4 x 4 kernel .* Use lambda_reg='auto'"
+        ):
+            damp(x.T @ x, ridge)
+
+    def test_indefinite_kernels(self) -> None:
+        with pytest.raises(SingularKernelError, match="condition number is inf"):
+            damp(-torch.eye(3).double(), 0.0)
+
+    def test_kernels_with_nan(self) -> None:
+        with pytest.raises(SingularKernelError, match="condition number is"):
+            damp(torch.full((2, 2), torch.nan).double(), 1.0)
+
+    def test_undamped_limit(self) -> None:
+        x, right = draw(6, 4), draw(4, 2, seed=1)
+        x[:, 3] = x[:, 2]
+        kernel = x.T @ x
+        undamped = pseudo_inverse(kernel)
+        expected = torch.linalg.pinv(kernel, hermitian=True, rtol=1e-9) @ right
+        torch.testing.assert_close(undamped.solve(right), expected)
+        assert undamped.ridge == 0
+        values = torch.linalg.eigvalsh(kernel)
+        assert undamped.condition == pytest.approx(float(values[-1] / values[1]))
+        assert isinstance(undamped, Kernel)
+
+    def test_undamped_limit_of_damping(self) -> None:
+        x, phi = draw(5, 9), draw(9, 2, seed=1)
+        kernel = x @ x.T
+        near = damp(kernel, 1e-6).solve(x @ phi)
+        torch.testing.assert_close(
+            pseudo_inverse(kernel).solve(x @ phi), near, rtol=1e-4, atol=1e-4
+        )
+
+    def test_mean_eigenvalue(self) -> None:
+        x = draw(6, 4)
+        expected = float(torch.linalg.eigvalsh(x.T @ x).mean())
+        assert mean_eigenvalue(x.T @ x) == pytest.approx(expected)
+
+
+class TestHalf:
+    @pytest.mark.parametrize("b", [0, 1, 3])
+    @pytest.mark.parametrize("p", [0, 1, 5])
+    @pytest.mark.parametrize("scale", [1e-30, 1e-5, 1.0, 1e4, 1e30])
+    def test_rounds_by_one_part_in_two_thousand(
+        self, b: int, p: int, scale: float
+    ) -> None:
+        rows = (draw(b, p) * scale).float()
+        half, exponent = encode_half(rows)
+        error = (decode_half(half, exponent) - rows).abs()
+        peak = rows.abs().amax(1, keepdim=True) if p else rows.sum(1, keepdim=True)
+        assert bool((error <= 2.0**-11 * rows.abs() + 2.0**-23 * peak).all())
+
+    def test_ordinary_rows_are_stored_as_they_are(self) -> None:
+        rows = torch.tensor([
+            [1.5, -3.25],
+            [2.0**-10, 0.0],
+            [2.0**15 - 16, 0.0],
+            [0.0, 0.0],
+        ])
+        half, exponent = encode_half(rows)
+        assert exponent.tolist() == [0, 0, 0, 0]
+        torch.testing.assert_close(half.float(), rows, rtol=0, atol=0)
+
+    @pytest.mark.parametrize("value", [3.4e38, 1.2e-38, 1e-44])
+    def test_ends_of_the_range(self, value: float) -> None:
+        rows = torch.tensor([[value, -value / 3]])
+        decoded = decode_half(*encode_half(rows))
+        torch.testing.assert_close(decoded, rows, rtol=2.0**-11, atol=2.0**-149)
+
+
+class TestTopK:
+    @pytest.mark.parametrize("largest", [True, False])
+    @pytest.mark.parametrize("step", [1, 2, 5, 9])
+    @pytest.mark.parametrize("k", [1, 3, 9, 20])
+    def test_is_the_sorted_matrix(self, k: int, step: int, largest: bool) -> None:
+        matrix = draw(9, 4).float()
+        top = TopK(k, 4, largest=largest)
+        for low, high in spans(9, step):
+            top.update(matrix[low:high], low)
+        values, indices = matrix.sort(dim=0, descending=largest)
+        torch.testing.assert_close(top.values, values[:k])
+        torch.testing.assert_close(top.indices, indices[:k])
+
+    def test_ties_and_empty_blocks(self) -> None:
+        top = TopK(2, 1)
+        top.update(torch.zeros(0, 1), 0)
+        top.update(torch.ones(3, 1), 0)
+        top.update(torch.ones(3, 1), 3)
+        assert top.values[:, 0].tolist() == [1, 1]
+        assert len(set(top.indices[:, 0].tolist())) == 2
+
+    def test_no_columns(self) -> None:
+        top = TopK(2, 0)
+        top.update(torch.zeros(3, 0), 0)
+        assert top.values.shape == (2, 0)
+
+
+def test_scores_compare_by_their_largest() -> None:
+    with pytest.raises(AssertionError):
+        assert_scores(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1e-2]), 1e-3)
