@@ -64,6 +64,13 @@ def test_lds_takes_tensors_and_arrays_alike(arrays):
     torch.testing.assert_close(lds(*tensors).per_target, lds(*arrays).per_target)
 
 
+def test_float64_tensors_keep_their_digits() -> None:
+    masks = np.eye(4, dtype=bool)
+    scores = 1 + 1e-12 * np.arange(4.0)[:, None]
+    found = lds(torch.from_numpy(scores), masks, torch.from_numpy(scores))
+    assert found.mean == lds(scores, masks, scores).mean == 1.0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_lds_sums_in_float64(arrays, dtype):
     scores = torch.from_numpy(arrays[0]).to(dtype).requires_grad_()

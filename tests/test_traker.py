@@ -25,13 +25,14 @@ from tests.problems import (
 )
 from trak import _finalizing, _linalg, score_computers
 from trak._batches import take
-from trak.errors import OptionError
+from trak.errors import OptionError, SingularKernelError
 from trak.gradient_computers import (
     FunctionalGradientComputer,
     IterativeGradientComputer,
 )
+from trak.modelout_functions import ImageClassificationModelOutput
 from trak.projectors import BasicProjector, NoOpProjector, SparseProjector
-from trak.score_computers import BasicSingleBlockScoreComputer
+from trak.score_computers import BasicScoreComputer, BasicSingleBlockScoreComputer
 
 COMPUTERS = [FunctionalGradientComputer, IterativeGradientComputer]
 
@@ -384,3 +385,51 @@ def test_progress_bars_by_logging_level(
 def test_take_leaves_shared_entries_alone() -> None:
     batch = {"rows": torch.arange(3), "shared": torch.tensor(1.0)}
     assert take(batch, slice(1, 2))["shared"] is batch["shared"]
+
+
+@pytest.mark.parametrize("p", [7, 30])
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("power", [-60, -40, 40, 55])
+def test_the_scale_of_the_gradients_does_not_matter(
+    tmp_path: Path, power: int, half: bool, p: int
+) -> None:
+    problem = classification(mlp(), 4, checkpoints=2)
+    options = {"use_half_precision": half, "proj_dim": p}
+    plain = run(problem, tmp_path / "plain", **options)
+    problem.task = Scaled(2.0**power)
+    scaled = run(problem, tmp_path / "scaled", **options)
+    assert_scores(scaled, plain, 1e-5)
+
+
+@pytest.mark.parametrize("power", [-70, 75])
+def test_a_scale_that_float32_products_cannot_hold(tmp_path: Path, power: int) -> None:
+    problem = classification(mlp(), 4)
+    traker = make(problem, tmp_path, task=Scaled(2.0**power))
+    featurize(traker, problem)
+    with pytest.raises(SingularKernelError, match="nearer to 1"):
+        traker.finalize_features()
+
+
+class Scaled(ImageClassificationModelOutput):
+    """Margins times a constant."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def get_output(self, model: Any, weights: Any, buffers: Any, *example: Any) -> Any:
+        return self.factor * super().get_output(model, weights, buffers, *example)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_score_computer_on_another_device(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4)
+    expected = problem.expected(sparse(problem))
+    problem.model.cuda()
+    problem.train, problem.targets = (
+        tuple(tensor.cuda() for tensor in batch)
+        for batch in (problem.train, problem.targets)
+    )
+    scores = run(problem, tmp_path, score_computer=BasicScoreComputer(device="cpu"))
+    assert_scores(scores, expected)

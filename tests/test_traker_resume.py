@@ -100,7 +100,8 @@ def test_a_checkpoint_gets_its_id_back_from_its_weights(tmp_path: Path) -> None:
     assert again.saver.current_model_id == 1
     again.load_checkpoint(problem.checkpoints[2])
     assert again.saver.current_model_id == 2
-    again.load_checkpoint(problem.checkpoints[0], model_id=7)
+    with pytest.warns(TrakWarning, match="the same weights as model id 0, so it adds"):
+        again.load_checkpoint(problem.checkpoints[0], model_id=7)
     again.load_checkpoint(problem.checkpoints[0])
     assert again.saver.current_model_id == 0
 
@@ -261,6 +262,38 @@ def test_a_target_without_a_finite_gradient_is_never_skipped(tmp_path: Path) -> 
     assert caught.value.index == 2
 
 
+def test_scores_say_what_they_came_from(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4, checkpoints=3)
+    run(problem, tmp_path, lambda_reg=2.0)
+    traker = make(problem, tmp_path, lambda_reg=2.0)
+    record = traker.saver.experiments["exp"]
+    assert record["model_ids"] == [0, 1, 2]
+    assert record["finalized_with"] == "BasicScoreComputer, lambda_reg=2.0"
+    traker.finalize_scores("exp", model_ids=[2, 0])
+    again = make(problem, tmp_path, lambda_reg=2.0).saver.experiments["exp"]
+    assert again == {**record, "model_ids": [2, 0]}
+
+
+def test_checkpoints_that_another_traker_added_take_part(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4, checkpoints=2)
+    first, second = (make(problem, tmp_path) for _ in range(2))
+    alone = make(problem, tmp_path, load_from_save_dir=False)
+    for model_id, traker in enumerate((first, second)):
+        traker.load_checkpoint(problem.checkpoints[model_id], model_id=model_id)
+        traker.featurize(problem.train)
+    alone.load_checkpoint(problem.checkpoints[0], model_id=0)
+    alone.finalize_features()
+    assert list(alone.reports) == [0]
+    first.finalize_features()
+    assert sorted(first.reports) == [0, 1]
+    for model_id, checkpoint in enumerate(problem.checkpoints):
+        second.start_scoring_checkpoint("exp", checkpoint, model_id, problem.m)
+        second.score(problem.targets)
+    scores = torch.from_numpy(first.finalize_scores() + 0.0)
+    assert_scores(scores, problem.expected(sparse(problem)))
+    assert first.saver.experiments["exp"]["model_ids"] == [0, 1]
+
+
 def test_leaving_checkpoints_out(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -322,7 +355,7 @@ def test_checkpoints_of_another_run_are_noticed(tmp_path: Path) -> None:
         traker.finalize_features()
         traker.start_scoring_checkpoint(checkpoint, num_targets=problem.m)
         traker.score(problem.targets)
-    with pytest.warns(TrakWarning, match=r"loaded only model ids \[1\]: \[0\] were in"):
+    with pytest.warns(TrakWarning, match=r"loaded only model ids \[1\]: \[0\] in"):
         both = traker.finalize_scores()
     with pytest.warns(TrakWarning, match=r"pass model_ids=\[1\]"):
         traker.self_influence()

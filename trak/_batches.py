@@ -178,7 +178,9 @@ def row_digests(batch: Batch) -> Int64[np.ndarray, " b"]:
     """
     rows = []
     for leaf in row_leaves(batch):
-        flat = leaf.detach().cpu().reshape(len(leaf), math.prod(leaf.shape[1:]))
+        flat = (
+            leaf.detach().cpu().to_dense().reshape(len(leaf), math.prod(leaf.shape[1:]))
+        )
         rows.append(flat.contiguous().view(torch.uint8).numpy())
     digests = np.empty(len(rows[0]), dtype=np.int64)
     for i in range(len(digests)):

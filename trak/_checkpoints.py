@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,25 @@ from trak.errors import (
     ModelIDException,
     ModelModeError,
     NonFiniteError,
+    OrderError,
 )
+
+_WRAPPERS = {
+    "module.": "DistributedDataParallel or DataParallel",
+    "_orig_mod.": "torch.compile",
+}
+"""What puts which prefix before every name of a model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A checkpoint in a model, and what tells that it is still there."""
+
+    weights: str
+    """Fingerprint of the weights."""
+
+    versions: tuple[tuple[int, int, int], ...]
+    """For every parameter its identity, its address and how often it was written to."""
 
 
 def load_weights(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> str:
@@ -56,7 +75,63 @@ def load_weights(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> st
             )
     model.load_state_dict(checkpoint)
     model.eval()
+    return _fingerprint(model)
+
+
+def _fingerprint(model: torch.nn.Module) -> str:
     return fingerprint({k: v for k, v in model.state_dict().items() if _is_tensor(v)})
+
+
+def note_loaded(model: torch.nn.Module, weights: str) -> Loaded:
+    """Note what a model holds, to notice when something else writes to it.
+
+    Args:
+        model: The model, a checkpoint just loaded.
+        weights: The fingerprint that :func:`load_weights` gave.
+
+    Returns:
+        The note.
+    """
+    return Loaded(weights, _versions(model))
+
+
+def check_loaded(model: torch.nn.Module, loaded: Loaded, model_id: int) -> Loaded:
+    """Refuse a model that no longer holds the checkpoint that was loaded.
+
+    Values are read only if some parameter was written to or replaced, so this costs
+    next to nothing. Writes through ``parameter.data`` go unnoticed.
+
+    Args:
+        model: The model.
+        loaded: What was noted.
+        model_id: The checkpoint's id, for the message.
+
+    Returns:
+        The note to compare with next time.
+
+    Raises:
+        OrderError: If the weights are others now.
+    """
+    versions = _versions(model)
+    if versions == loaded.versions:
+        return loaded
+    weights = _fingerprint(model)
+    if weights != loaded.weights:
+        raise OrderError(
+            f"the model's weights are not those of model id {model_id} any more "
+            f"(fingerprint {weights}; the checkpoint's is {loaded.weights}): something "
+            f"trained or loaded it since. Load the checkpoint again, or give each TRAKer "
+            f"a model of its own."
+        )
+    return Loaded(weights, versions)
+
+
+def _versions(model: torch.nn.Module) -> tuple[tuple[int, int, int], ...]:
+    return tuple(
+        # Tensors made in inference mode have no version, and cannot be written to.
+        (id(value), value.data_ptr(), 0 if value.is_inference() else value._version)
+        for value in model.parameters()
+    )
 
 
 def _is_tensor(value: object) -> bool:
@@ -68,12 +143,8 @@ def _check_fit(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> None
     missing = [key for key in own if key not in checkpoint]
     unexpected = [key for key in checkpoint if key not in own]
     if missing or unexpected:
-        hint = ""
-        if any(str(key).removeprefix("module.") in own for key in unexpected):
-            hint = (
-                " The keys begin with 'module.', as DistributedDataParallel saves them."
-            )
-        elif "state_dict" in checkpoint or "model" in checkpoint:
+        hint = _hint_at_wrapper(missing, unexpected)
+        if not hint and ("state_dict" in checkpoint or "model" in checkpoint):
             hint = " The state dict seems to be one of the checkpoint's entries."
         raise CheckpointError(
             f"the checkpoint does not fit {type(model).__name__}: missing {missing[:5]} "
@@ -87,6 +158,21 @@ def _check_fit(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> None
                 f"the checkpoint's {key!r} has shape "
                 f"{tuple(getattr(other, 'shape', ()))}, the model's {tuple(value.shape)}."
             )
+
+
+def _hint_at_wrapper(missing: list[str], unexpected: list[Any]) -> str:
+    for prefix, wrapper in _WRAPPERS.items():
+        if any(str(key).removeprefix(prefix) in missing for key in unexpected):
+            return (
+                f" The checkpoint's keys begin with {prefix!r}, as {wrapper} saves them; "
+                f"take that off, e.g. with key.removeprefix({prefix!r})."
+            )
+        if any(key.removeprefix(prefix) in unexpected for key in missing):
+            return (
+                f" The model is wrapped by {wrapper} and the checkpoint's was not; make "
+                f"the TRAKer with the model inside."
+            )
+    return ""
 
 
 def check_mode(model: torch.nn.Module) -> None:

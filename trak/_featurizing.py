@@ -232,7 +232,7 @@ def write_rows(
         StoreWriteError: If a value does not survive in the store's own type.
     """
     mask = torch.from_numpy(finite)[:, None]
-    rows = torch.where(mask, rows.cpu(), torch.zeros(()))
+    rows = rows.cpu().where(mask, 0.0)
     values: dict[str, np.ndarray] = dict(extras)
     if f"{prefix}grads_exponent" in store:
         half, exponent = encode_half(rows)

@@ -39,6 +39,27 @@ def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
         yield low, min(low + step, total)
 
 
+def product(
+    left: Float[Tensor, "i k"], right: Float[Tensor, "k j"]
+) -> Float[Tensor, "i j"]:
+    """Multiply two matrices in their own type, even where a caller set autocast.
+
+    Args:
+        left: Left matrix. Shape ``(i, k)``.
+        right: Right matrix, of the same type. Shape ``(k, j)``.
+
+    Returns:
+        The product, in that type. Shape ``(i, j)``.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     product(torch.tensor([[1.001]]), torch.eye(1))
+        tensor([[1.0010]])
+    """
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
 def gram(read: RowReader, n: int, p: int) -> Float64[Tensor, "q q"]:
     r"""Sum the smaller Gram matrix of the features, in float32 blocks, into float64.
 
@@ -60,7 +81,7 @@ def gram(read: RowReader, n: int, p: int) -> Float64[Tensor, "q q"]:
         total: Tensor | None = None
         for low, high in spans(n, step):
             rows = read(low, high)
-            part = (rows.T @ rows).double()
+            part = product(rows.T, rows).double()
             total = part if total is None else total.add_(part)
         return total if total is not None else torch.zeros(p, p, dtype=torch.float64)
     kernel: Tensor | None = None
@@ -70,18 +91,18 @@ def gram(read: RowReader, n: int, p: int) -> Float64[Tensor, "q q"]:
             kernel = torch.zeros(n, n, dtype=torch.float64, device=left.device)
         for start, stop in spans(high, step):
             right = left if start == low else read(start, stop)
-            block = _product(left, right)
+            block = _outer(left, right)
             kernel[low:high, start:stop] = block
             kernel[start:stop, low:high] = block.T
     return kernel if kernel is not None else torch.zeros(0, 0, dtype=torch.float64)
 
 
-def _product(
+def _outer(
     left: Float[Tensor, "i p"], right: Float[Tensor, "j p"]
 ) -> Float64[Tensor, "i j"]:
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for low, high in spans(left.shape[1], 4096):
-        total += left[:, low:high] @ right[:, low:high].T
+        total += product(left[:, low:high], right[:, low:high].T)
     return total
 
 
@@ -198,7 +219,7 @@ def pseudo_inverse(kernel: Float64[Tensor, "q q"]) -> PseudoInverseKernel:
 
 
 def _condition(matrix: Float64[Tensor, "q q"], factor: Float64[Tensor, "q q"]) -> float:
-    start = torch.cos(torch.arange(len(matrix), dtype=torch.float64)).to(matrix.device)
+    start = torch.arange(len(matrix), dtype=torch.float64, device=matrix.device).cos()
     largest = _power(lambda x: matrix @ x, start)
     inverse = _power(lambda x: torch.cholesky_solve(x[:, None], factor)[:, 0], start)
     return largest * inverse
@@ -254,8 +275,12 @@ class TopK:
     def __init__(self, k: int, columns: int, *, largest: bool = True) -> None:
         self._k = k
         self._sign = 1.0 if largest else -1.0
-        self.values: Float32[Tensor, "k m"] = torch.empty(0, columns)
-        self.indices: Int64[Tensor, "k m"] = torch.empty(0, columns, dtype=torch.int64)
+        self.values: Float32[Tensor, "k m"] = torch.empty(
+            0, columns, dtype=torch.float32, device="cpu"
+        )
+        self.indices: Int64[Tensor, "k m"] = torch.empty(
+            0, columns, dtype=torch.int64, device="cpu"
+        )
 
     def update(self, block: Float[Tensor, "rows m"], first_row: int) -> None:
         """Take the next rows into account.
@@ -265,7 +290,7 @@ class TopK:
             first_row: The matrix row that the block begins with.
         """
         block = block.float().cpu()
-        rows = torch.arange(first_row, first_row + len(block))
+        rows = torch.arange(first_row, first_row + len(block), device="cpu")
         values = torch.cat([self.values, block])
         indices = torch.cat([self.indices, rows[:, None].expand(block.shape)])
         k = min(self._k, len(values))

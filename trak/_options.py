@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import operator
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,7 +63,7 @@ def parse_damping(lambda_reg: object) -> Damping:
         >>> parse_damping("auto").ridge(mean_eigenvalue=3.0)
         3.0
     """
-    if lambda_reg in ("auto", "pinv"):
+    if isinstance(lambda_reg, str) and lambda_reg in {"auto", "pinv"}:
         return Damping(str(lambda_reg))
     try:
         value = float(lambda_reg)  # type: ignore[arg-type]
@@ -190,7 +191,8 @@ def integer(name: str, value: object) -> int:
         OptionError: If it is none; a bool is none.
     """
     if isinstance(value, SupportsIndex) and not isinstance(value, bool):
-        return operator.index(value)
+        with contextlib.suppress(TypeError):  # tensors and arrays of something else
+            return operator.index(value)
     raise OptionError(f"{name} must be a whole number; got {value!r}.")
 
 
@@ -218,12 +220,18 @@ def parse_device(
         The device of the model's parameters.
 
     Raises:
-        OptionError: If the model has no parameters, or is on another device.
+        OptionError: If the model has no parameters or no values, or is on another
+            device.
     """
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise OptionError(
             "model has no parameters, so there is nothing to attribute to."
+        )
+    if parameter.is_meta:
+        raise OptionError(
+            "model is on the meta device, where no checkpoint can be loaded into it; "
+            "move it first, e.g. with model.to_empty(device='cpu')."
         )
     if device is None:
         return parameter.device

@@ -84,7 +84,8 @@ class Scoring:
         """
         if not model_ids:
             raise NoCheckpointError(
-                "There is no checkpoint to finalize; load_checkpoint and featurize first."
+                "There is no checkpoint to finalize: model_ids is empty, or nothing was "
+                "featurized yet; load_checkpoint and featurize first."
             )
         for model_id in model_ids:
             require_featurized(self.saver, model_id)
@@ -288,7 +289,7 @@ class Scoring:
     def _whole(
         self, sides: Sequence[Side], weight: Float64[Tensor, " n"], m: int
     ) -> Iterator[Block]:
-        total = torch.zeros(self.n, m)
+        total = torch.zeros(self.n, m, dtype=torch.float32, device="cpu")
         for side in sides:
             train, targets = side.train(0, self.n), side.targets(0, m)
             self.computer.get_scores(train, targets, accumulator=total)
@@ -335,6 +336,9 @@ class Scoring:
         with self.saver.open_scores(exp_name, m) as array:
             for block in self.blocks(exp_name, model_ids):
                 array[slice(*block.rows), slice(*block.columns)] = block.values.cpu()
+        self.saver.experiments[exp_name].update(
+            model_ids=list(model_ids), finalized_with=describe(self.computer)
+        )
         self.saver.save_scores(exp_name)
         scores: np.ndarray = self.saver.current_store[f"{exp_name}_scores"]
         return scores

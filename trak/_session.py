@@ -11,7 +11,15 @@ import numpy as np
 from torch import Tensor
 
 from trak._batches import batch_size, canonical, check_device, row_digests
-from trak._checkpoints import check_mode, check_weights, ids_of_weights, load_weights
+from trak._checkpoints import (
+    Loaded,
+    check_loaded,
+    check_mode,
+    check_weights,
+    ids_of_weights,
+    load_weights,
+    note_loaded,
+)
 from trak._featurizing import Pipeline, first_difference, store_batch
 from trak._layout import PENDING, check_exp_name
 from trak._options import (
@@ -62,6 +70,7 @@ class Session:
     proj_dim: int
     scale: float
     _current: Current | None = None
+    _loaded: Loaded | None = None
     _experiment: str | None = None
     _cursors: dict[tuple[int, str | None], int] = field(default_factory=dict)
 
@@ -81,21 +90,33 @@ class Session:
         """
         self.end()
         saver = self.saver
+        saver.refresh()
         weights = load_weights(self.computer.model, checkpoint)
         if model_id is None:
             same = ids_of_weights(saver.model_ids, weights)
             model_id = min(same, default=max(saver.model_ids, default=-1) + 1)
         model_id = integer("model_id", model_id)
+        twins: list[int] = []
         if model_id in saver.model_ids:
             check_weights(saver.model_ids, model_id, weights)
             saver.load_current_store(model_id)
         else:
             saver.register_model_id(model_id, allow_known)
             check_weights(saver.model_ids, model_id, weights)
+            twins = [
+                i for i in ids_of_weights(saver.model_ids, weights) if i != model_id
+            ]
             saver.model_ids[model_id]["weights"] = weights
             saver.serialize_current_model_id_metadata()
-        self.computer.load_model_params(self.computer.model)
-        self._begin(model_id, None, self.options.train_set_size)
+        self._begin(model_id, None, self.options.train_set_size, weights)
+        if twins:
+            warnings.warn(
+                f"model id {model_id} has the same weights as model id {twins[0]}, so it "
+                f"adds only another projection of them. Does a list hold one state dict "
+                f"several times? state_dict() gives references; copy.deepcopy each.",
+                TrakWarning,
+                stacklevel=3,
+            )
 
     def load_for_scoring(self, call: ScoringCall) -> None:
         """Load a checkpoint; the next batches are targets of an experiment.
@@ -111,6 +132,7 @@ class Session:
             DEFAULT_EXPERIMENT if call.exp_name is None else call.exp_name
         )
         self.end()
+        self.saver.refresh()
         weights = load_weights(self.computer.model, call.checkpoint)
         model_id = call.model_id
         if model_id is None:
@@ -124,9 +146,8 @@ class Session:
         require_finalized(self.saver, model_id)
         check_weights(self.saver.model_ids, model_id, weights)
         self.saver.init_experiment(exp_name, call.num_targets, model_id)
-        self.computer.load_model_params(self.computer.model)
         self._experiment = exp_name
-        self._begin(model_id, exp_name, call.num_targets)
+        self._begin(model_id, exp_name, call.num_targets, weights)
 
     def select(
         self, exp_name: str | None, model_ids: Iterable[int] | None
@@ -143,7 +164,7 @@ class Session:
         Raises:
             ExperimentError: If there is no such experiment.
         """
-        self.end()
+        ids = self.choose(model_ids, for_scores=True)
         experiments = self.saver.experiments
         if exp_name is None:
             only = next(iter(experiments)) if len(experiments) == 1 else None
@@ -153,25 +174,30 @@ class Session:
                 f"There is no experiment {exp_name!r}; the store has "
                 f"{sorted(experiments)}. Score targets before finalize_scores."
             )
-        return exp_name, self.select_ids(model_ids)
+        return exp_name, ids
 
-    def select_ids(self, model_ids: Iterable[int] | None) -> list[int]:
-        """Find the checkpoints that a call for scores means.
+    def choose(
+        self, model_ids: Iterable[int] | None, *, for_scores: bool = False
+    ) -> list[int]:
+        """Take no more batches, and find the checkpoints that a call means.
 
         Args:
-            model_ids: The checkpoints; None for all.
+            model_ids: The checkpoints; None for all, those that other processes added
+                among them.
+            for_scores: Whether scores will be averaged over them.
 
         Returns:
             Their ids.
         """
         self.end()
+        self.saver.refresh()
         ids = parse_model_ids(model_ids, self.saver.model_ids)
-        if model_ids is None:
+        if model_ids is None and for_scores:
             self._warn_of_others(ids)
         return ids
 
     def _warn_of_others(self, ids: list[int]) -> None:
-        """Warn of checkpoints that an earlier run left behind, perhaps by mistake.
+        """Warn of checkpoints that another run left behind, perhaps by mistake.
 
         A run that loaded none of the store's checkpoints means all of them.
         """
@@ -181,14 +207,18 @@ class Session:
             mine = sorted(loaded)
             warnings.warn(
                 f"The scores average over {len(ids)} checkpoints, and this TRAKer loaded "
-                f"only model ids {mine}: {others} were in {self.options.save_dir} before. "
-                f"If they belong to another run, pass model_ids={mine}, or use another "
+                f"only model ids {mine}: {others} in {self.options.save_dir} are of another "
+                f"run. If they are of other models, pass model_ids={mine}, or use another "
                 f"save_dir; if not, pass model_ids={ids}.",
                 TrakWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
-    def _begin(self, model_id: int, exp_name: str | None, total: int) -> None:
+    def _begin(
+        self, model_id: int, exp_name: str | None, total: int, weights: str
+    ) -> None:
+        self.computer.load_model_params(self.computer.model)
+        self._loaded = note_loaded(self.computer.model, weights)
         other = self._other_rows(model_id) if exp_name is None else None
         self._cursors[model_id, exp_name] = 0
         self._current = Current(model_id, exp_name, total, other)
@@ -212,7 +242,8 @@ class Session:
             OrderError: If no checkpoint is loaded for that.
         """
         current = self._current
-        if current is None or bool(current.exp_name) != targets:
+        loaded = self._loaded
+        if current is None or loaded is None or bool(current.exp_name) != targets:
             call = "start_scoring_checkpoint" if targets else "load_checkpoint"
             raise OrderError(
                 f"No checkpoint is loaded for {'scoring' if targets else 'featurizing'}; "
@@ -226,6 +257,8 @@ class Session:
         rows = parse_rows(inds, num_samples, size, cursor, current.total, what)
         check_device(batch, self.options.device)
         check_mode(self.computer.model)
+        self._loaded = check_loaded(self.computer.model, loaded, current.model_id)
+        self._load_rows(current)
         digests = row_digests(batch)
         self._compare(current, rows, digests)
         pipeline = Pipeline(
@@ -245,6 +278,14 @@ class Session:
             self._cursors[current.model_id, exp_name] = cursor + size
         if not exp_name:
             self._note_completion(current.model_id)
+
+    def _load_rows(self, current: Current) -> None:
+        """Load the arrays that rows go to, in case somebody looked at others."""
+        saver, name = self.saver, current.exp_name
+        if saver.current_model_id != current.model_id:
+            saver.load_current_store(current.model_id)
+        if name is not None and f"{name}_grads" not in saver.current_store:
+            saver.load_current_store(current.model_id, name, current.total)
 
     def _note_completion(self, model_id: int) -> None:
         record = self.saver.model_ids[model_id]

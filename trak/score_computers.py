@@ -6,6 +6,7 @@ No files, no order of calls: rows come through readers, results leave as blocks.
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,15 @@ from trak._linalg import (
     damp,
     gram,
     mean_eigenvalue,
+    product,
     pseudo_inverse,
     spans,
 )
 from trak._options import Damping, parse_damping
 from trak.errors import SingularKernelError
+
+SMALLEST = 2.0**-126
+"""Mean square of gradients below which their products lose digits in float32."""
 
 
 class AbstractScoreComputer(ABC):
@@ -153,6 +158,7 @@ class BasicScoreComputer(AbstractScoreComputer):
         super().__init__(dtype, device, logging_level, lambda_reg)
         self.CUDA_MAX_DIM_SIZE = CUDA_MAX_DIM_SIZE
         self._damping = parse_damping(lambda_reg)
+        self.lambda_reg = self._damping.lambda_reg  # so that 1 and 1.0 are one setting
 
     def get_xtx(self, grads: Tensor) -> Tensor:
         r"""Compute :math:`X^\top X` in blocks of rows.
@@ -167,7 +173,7 @@ class BasicScoreComputer(AbstractScoreComputer):
         total = torch.zeros(p, p, dtype=torch.float64, device=self.device)
         for low, high in spans(len(grads), self.CUDA_MAX_DIM_SIZE):
             rows = grads[low:high].to(self.device, torch.float32)
-            total += rows.T @ rows
+            total += product(rows.T, rows)
         return total
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
@@ -204,7 +210,7 @@ class BasicScoreComputer(AbstractScoreComputer):
         targets = target_grads.to(self.device, torch.float32).T
         for low, high in spans(len(features), self.CUDA_MAX_DIM_SIZE):
             rows = features[low:high].to(self.device, torch.float32)
-            accumulator[low:high] += (rows @ targets).to(accumulator.device)
+            accumulator[low:high] += product(rows, targets).to(accumulator.device)
 
     def kernel(self, xtx: Float64[Tensor, "q q"], n: int, p: int) -> Kernel:
         """Damp and factor a Gram matrix of the features.
@@ -222,12 +228,7 @@ class BasicScoreComputer(AbstractScoreComputer):
                 than projected entries and no damping, or the conditioning is too bad.
         """
         average = mean_eigenvalue(xtx) * len(xtx) / min(n, p)
-        if average == 0:
-            raise SingularKernelError(
-                f"All gradients of the {n} training examples are zero, so there is "
-                f"nothing to attribute to. Are the right parameters selected, and is the "
-                f"model output not constant?"
-            )
+        _check_range(average * min(n, p) / (n * p), n)
         if self._damping.is_pseudo_inverse:
             return pseudo_inverse(xtx)
         if n < p and self._damping.lambda_reg == 0:
@@ -275,10 +276,14 @@ class BasicScoreComputer(AbstractScoreComputer):
         for start, stop in spans(m, width):
             parts = [self._right(side, n, p, start, stop) for side in sides]
             for low, high in spans(n, height):
-                total = torch.zeros(high - low, stop - start, device=self.device)
+                total = torch.zeros(
+                    high - low, stop - start, dtype=torch.float32, device=self.device
+                )
                 for side, (right, is_score) in zip(sides, parts, strict=True):
                     total += (
-                        right[low:high] if is_score else side.train(low, high) @ right
+                        right[low:high]
+                        if is_score
+                        else product(side.train(low, high), right)
                     )
                 yield Block((low, high), (start, stop), total * scale[low:high])
 
@@ -291,7 +296,8 @@ class BasicScoreComputer(AbstractScoreComputer):
             return targets, False
         if n > p:
             return side.kernel().solve(targets).float(), False
-        products = [side.train(lo, hi) @ targets for lo, hi in spans(n, TILE // p + 1)]
+        pieces = spans(n, TILE // p + 1)
+        products = [product(side.train(lo, hi), targets) for lo, hi in pieces]
         return side.kernel().solve(torch.cat(products)).float(), True
 
     def self_influence(self, side: Side, n: int, p: int) -> Float64[Tensor, " n"]:
@@ -341,8 +347,25 @@ class BasicSingleBlockScoreComputer(BasicScoreComputer):
             target_grads: Projected gradients :math:`G` of the targets. Shape ``(m, p)``.
             accumulator: Changed in place. Shape ``(n, m)``.
         """
-        products = features.to(self.device) @ target_grads.to(self.device).float().T
+        targets = target_grads.to(self.device, torch.float32).T
+        products = product(features.to(self.device, torch.float32), targets)
         accumulator += products.to(accumulator.device)
+
+
+def _check_range(mean_square: float, n: int) -> None:
+    if mean_square == 0:
+        raise SingularKernelError(
+            f"All gradients of the {n} training examples are zero, or below 1e-22, so "
+            f"there is nothing to attribute to. Are the right parameters selected, and is "
+            f"the model output not constant?"
+        )
+    if not SMALLEST <= mean_square < math.inf:
+        raise SingularKernelError(
+            f"The projected gradients of the {n} training examples have a mean square of "
+            f"{mean_square:.0e}, and float32 sums hold squares from {SMALLEST:.0e} to "
+            f"3e+38. Multiply the task's output by a constant that brings the gradients "
+            f"nearer to 1, and its out-to-loss by the inverse."
+        )
 
 
 def as_blocked(computer: AbstractScoreComputer) -> BasicScoreComputer | None:

@@ -14,7 +14,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from trak._finalizing import FeatureReport, read_reports
-from trak._options import parse_model_ids, parse_options, parse_scoring_call, positive
+from trak._options import parse_options, parse_scoring_call, positive
 from trak._scoring import Scoring, TopScores
 from trak._seams import (
     build_gradient_computer,
@@ -127,7 +127,8 @@ class TRAKer:
         self.num_params = sum(value.numel() for value in model.parameters())
         self.num_params_for_grad = options.selection.grad_dim
         self.proj_seed = options.projector_seed
-        self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
+        scale = math.sqrt(self.num_params_for_grad)
+        self.normalize_factor = torch.tensor(scale)
         built = build_projector(projector, options)
         self.proj_dim = built.proj_dim or self.num_params_for_grad
         self.gradient_computer = build_gradient_computer(
@@ -142,7 +143,7 @@ class TRAKer:
         self._scoring = Scoring(
             self.saver,
             self.score_computer,
-            self.device,
+            torch.device(getattr(self.score_computer, "device", self.device)),
             self.train_set_size,
             self.proj_dim,
             quiet=logging_level > logging.INFO,
@@ -151,12 +152,7 @@ class TRAKer:
             self.saver.make_features = self._scoring.make_features
         self.scores: np.ndarray | None = None
         self._session = Session(
-            self.saver,
-            self.gradient_computer,
-            built,
-            options,
-            self.proj_dim,
-            float(self.normalize_factor),
+            self.saver, self.gradient_computer, built, options, self.proj_dim, scale
         )
 
     @property
@@ -217,7 +213,7 @@ class TRAKer:
             num_samples: Their number; it is inferred, and checked if given.
 
         Raises:
-            OrderError: If no checkpoint is loaded.
+            OrderError: If no checkpoint is loaded, or the model has changed since.
             BatchError: If the batch does not fit ``inds`` or the training set.
             NonFiniteError: If a gradient is not finite and ``on_non_finite="raise"``.
             StaleRowError: If a stored row came from another example.
@@ -244,8 +240,7 @@ class TRAKer:
             SingularKernelError: If a kernel cannot be inverted with this damping.
         """
         self.projector.free_memory()
-        self._session.end()
-        ids = parse_model_ids(model_ids, self.saver.model_ids)
+        ids = self._session.choose(model_ids)
         self._scoring.finalize_all(ids, del_grads=del_grads)
 
     @overload
@@ -303,7 +298,7 @@ class TRAKer:
             num_samples: Their number; it is inferred, and checked if given.
 
         Raises:
-            OrderError: If no checkpoint is loaded for scoring.
+            OrderError: If no checkpoint is loaded for scoring, or the model has changed.
             BatchError: If the batch does not fit ``inds`` or the number of targets.
             NonFiniteError: If a gradient is not finite.
             StaleRowError: If a stored row came from another target.
@@ -364,7 +359,7 @@ class TRAKer:
             allow_skip: As in :meth:`finalize_scores`.
 
         Returns:
-            ``scores`` and ``indices``, best first. Shapes ``(m, k)``.
+            ``scores`` and ``indices``, best first, ties in any order. Shapes ``(m, k)``.
 
         Raises:
             OptionError: If ``k`` is not between 1 and ``n``.
@@ -380,7 +375,7 @@ class TRAKer:
     def self_influence(
         self, model_ids: Iterable[int] | None = None
     ) -> Float32[np.ndarray, " n"]:
-        """Compute each training example's score on itself, in ``O(n)`` memory.
+        """Compute each training example's score on itself, in ``min(n, p)**2`` memory.
 
         Large values mark examples that the model could not predict without having seen
         them: atypical, or mislabelled.
@@ -395,5 +390,5 @@ class TRAKer:
             ModelIDException: If there is no checkpoint, or one is not finalized.
             SingularKernelError: If gradients were deleted, or scores are a custom class's.
         """
-        ids = self._session.select_ids(model_ids)
+        ids = self._session.choose(model_ids, for_scores=True)
         return self._scoring.self_influence(ids)

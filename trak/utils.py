@@ -95,11 +95,21 @@ def get_output_memory(
 
 
 def get_free_memory(device: str | torch.device) -> int:
-    """Count the bytes that are free: on a CUDA device, or else of this machine."""
+    """Count the bytes that are free: on a CUDA device, or else of this machine.
+
+    Args:
+        device: The device.
+
+    Returns:
+        The bytes; 0 where the operating system does not tell.
+    """
     parsed = torch.device(device)
     if parsed.type == "cuda":
         return int(torch.cuda.mem_get_info(parsed)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows; macOS
+        return 0
 
 
 def get_matrix_mult_standard(

@@ -57,6 +57,13 @@ def test_get_free_memory() -> None:
     assert utils.get_free_memory(torch.device("cpu")) > 0
 
 
+def test_get_free_memory_where_nobody_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("os.sysconf")  # as on Windows
+    assert utils.get_free_memory("cpu") == 0
+    product = utils.get_matrix_mult(torch.ones(3, 2), torch.ones(4, 2), batch_size=2)
+    torch.testing.assert_close(product, torch.full((3, 4), 2.0))
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float16, torch.float64])
 @pytest.mark.parametrize("use_blockwise", [False, True])
 def test_get_matrix_mult(dtype: torch.dtype | None, use_blockwise: bool) -> None:

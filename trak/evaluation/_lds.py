@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -164,7 +165,7 @@ def _to_numpy(array: np.ndarray | Tensor) -> np.ndarray:
     if isinstance(array, Tensor):
         array = array.detach().cpu()
         # NumPy has no bfloat16.
-        return (array.float() if array.is_floating_point() else array).numpy()
+        return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
     return array
 
 

@@ -50,7 +50,19 @@ class FunctionalGradientComputer(SelectiveGradientComputer):
     """
 
     def load_model_params(self, model: torch.nn.Module) -> None:
-        """Take over the weights of a model whose checkpoint was just loaded."""
+        """Take over the weights of a model whose checkpoint was just loaded.
+
+        Args:
+            model: The model.
+
+        Raises:
+            GradientError: If it is wrapped in a way that ``torch.func`` cannot call.
+        """
+        if isinstance(model, torch.nn.DataParallel):
+            raise GradientError(
+                "torch.func cannot call a DataParallel model; make the TRAKer with "
+                "model.module."
+            )
         self.model = model
         self.func_weights = {
             name: value.detach() for name, value in model.named_parameters()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -64,7 +66,11 @@ class IterativeGradientComputer(SelectiveGradientComputer):
 
     def _rows(self, batch: Batch) -> Float[Tensor, "b d"]:
         b = batch_size(batch)
-        rows = self.model_params[0].new_zeros(b, self.selection.grad_dim)
+        dtype = functools.reduce(
+            torch.promote_types, (value.dtype for value in self.model_params)
+        )
+        first = self.model_params[0]
+        rows = first.new_zeros(b, self.selection.grad_dim, dtype=dtype)
         if b == 0:
             return rows
         outputs = self._outputs(batch)
@@ -87,7 +93,7 @@ class IterativeGradientComputer(SelectiveGradientComputer):
                 allow_unused=True,
                 materialize_grads=True,
             )
-            rows[i] = torch.cat([grad.reshape(-1) for grad in grads])
+            rows[i] = torch.cat([grad.to_dense().reshape(-1) for grad in grads])
         rows[~torch.isfinite(outputs.detach())] = torch.nan
         if b > 1:  # one example's NaN is every example's, as 0 times NaN is NaN
             for i in (~torch.isfinite(rows).all(dim=1)).nonzero()[:, 0].tolist():

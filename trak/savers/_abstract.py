@@ -104,6 +104,9 @@ class AbstractSaver(ABC):
     def del_grads(self, model_id: int) -> None:
         """Delete the training gradients of a checkpoint."""
 
+    def refresh(self) -> None:  # noqa: B027  a saver may have a single writer
+        """Learn what other processes have added since this saver was made; or do not."""
+
     @contextlib.contextmanager
     def open_features(self) -> Iterator[Any]:
         """Give the array that takes the current checkpoint's features, ``(n, p)``."""

@@ -65,13 +65,9 @@ class MmapSaver(AbstractSaver):
             _layout.remove_dead_temporaries(directory)
         mine = {**self.metadata, "format": _layout.FORMAT, "dtype": self._places.dtype}
         open_manifest(self.save_dir, mine)
-        if load_from_save_dir:
-            for path in sorted(self.save_dir.glob("id_*.json")):
-                self.model_ids.update(read_model_record(path))
-            for model_id in self.model_ids:
-                _layout.remove_dead_temporaries(self._places.directory(model_id))
-            for path in sorted(self._places.experiments.glob("*.json")):
-                self.experiments[path.stem] = read_experiment_record(path)
+        self.refresh()
+        for model_id in self.model_ids:
+            _layout.remove_dead_temporaries(self._places.directory(model_id))
         self.logger.info(
             "%s: %d checkpoints, %d experiments",
             self.save_dir,
@@ -276,6 +272,23 @@ class MmapSaver(AbstractSaver):
         if not all(path.exists() for path, _, _ in places.values()):
             return None
         return {key: _layout.open_array(*place, "r") for key, place in places.items()}
+
+    def refresh(self) -> None:
+        """Read what other processes have written since.
+
+        Checkpoints and experiments that they added take part from now on, unless
+        ``load_from_save_dir`` was False; checkpoints that they finalized are finalized.
+        """
+        for path in sorted(self.save_dir.glob("id_*.json")):
+            for model_id, found in read_model_record(path).items():
+                mine = self.model_ids.get(model_id)
+                if mine is None and self.load_from_save_dir:
+                    self.model_ids[model_id] = found
+                elif mine is not None and not mine["is_finalized"]:
+                    mine.update(found)
+        if self.load_from_save_dir:
+            for path in sorted(self._places.experiments.glob("*.json")):
+                self.experiments.setdefault(path.stem, read_experiment_record(path))
 
     # -- results ----------------------------------------------------------------------
 
