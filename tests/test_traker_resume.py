@@ -289,7 +289,8 @@ def test_checkpoints_that_another_traker_added_take_part(tmp_path: Path) -> None
     for model_id, checkpoint in enumerate(problem.checkpoints):
         second.start_scoring_checkpoint("exp", checkpoint, model_id, problem.m)
         second.score(problem.targets)
-    scores = torch.from_numpy(first.finalize_scores() + 0.0)
+    with pytest.warns(TrakWarning, match=r"loaded only model ids \[0\]"):
+        scores = torch.from_numpy(first.finalize_scores() + 0.0)
     assert_scores(scores, problem.expected(sparse(problem)))
     assert first.saver.experiments["exp"]["model_ids"] == [0, 1]
 
