@@ -7,6 +7,7 @@ costs milliseconds.
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -64,8 +65,20 @@ class Trap:
         sys.addaudithook(lambda name, args: self._audit(step, name, args))
         for module, name in ((os, "fsync"), (os, "posix_fallocate")):
             setattr(module, name, _before(getattr(module, name), step, name))
+        io.open = self._opening(step)
         np.memmap.flush = _before(np.memmap.flush, step, "flush")
         np.memmap.__setitem__ = self._tearing(step, event)
+
+    def _opening(self, step: Report) -> Any:
+        opening = io.open
+
+        def opened(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            file = opening(path, mode, *args, **kwargs)
+            if "w" in mode and self.directory in Path(path).parents:
+                step("empty file")
+            return file
+
+        return opened
 
     def _audit(self, step: Report, name: str, args: tuple[Any, ...]) -> None:
         if not args or not isinstance(args[0], str | os.PathLike):

@@ -248,14 +248,14 @@ class TestTemporaries:
     def test_only_those_of_dead_processes_of_this_machine_go(
         self, tmp_path: Path
     ) -> None:
-        host = _layout.socket.gethostname()
+        machine = _layout._machine()
         stay = [
-            f".trak-{host}-{os.getpid()}-a",
-            f".trak-{host}-x-a",
+            f".trak-{machine}-{os.getpid()}-a",
+            f".trak-{machine}-x-a",
             ".trak-elsewhere-9-a",
             "a.json",
         ]
-        for name in (*stay, f".trak-{host}-{2**22 + 1}-a"):
+        for name in (*stay, f".trak-{machine}-{2**22 + 1}-a"):
             (tmp_path / name).touch()
         remove_dead_temporaries(tmp_path)
         assert names(tmp_path) == sorted(stay)

@@ -89,7 +89,8 @@ def test_the_only_experiment(tmp_path: Path) -> None:
 
 def test_equal_weights_under_two_ids(tmp_path: Path) -> None:
     bench = Bench(tmp_path, "featurized")
-    bench.traker.load_checkpoint(bench.ckpt, model_id=6)
+    with pytest.warns(TrakWarning, match="6 has the same weights as model id 0"):
+        bench.traker.load_checkpoint(bench.ckpt, model_id=6)
     bench.traker.featurize(bench.problem.train)
     bench.traker.finalize_features()
     bench.start(model_id=None)

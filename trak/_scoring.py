@@ -84,7 +84,8 @@ class Scoring:
         """
         if not model_ids:
             raise NoCheckpointError(
-                "There is no checkpoint to finalize; load_checkpoint and featurize first."
+                "There is no checkpoint to finalize: model_ids is empty, or nothing was "
+                "featurized yet; load_checkpoint and featurize first."
             )
         for model_id in model_ids:
             require_featurized(self.saver, model_id)
@@ -387,8 +388,7 @@ class Scoring:
                 f"Self-influence needs the kernel of BasicScoreComputer; "
                 f"{type(self.computer).__name__} replaces it."
             )
-        influence = np.zeros(self.n)
-        weights = np.zeros(self.n)
+        influence, weights = np.zeros(self.n), np.zeros(self.n)
         for model_id in model_ids:
             require_finalized(self.saver, model_id)
             self._check_same(model_id)

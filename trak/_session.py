@@ -164,7 +164,7 @@ class Session:
         Raises:
             ExperimentError: If there is no such experiment.
         """
-        ids = self.select_ids(model_ids)
+        ids = self.choose(model_ids, for_scores=True)
         experiments = self.saver.experiments
         if exp_name is None:
             only = next(iter(experiments)) if len(experiments) == 1 else None
@@ -176,22 +176,28 @@ class Session:
             )
         return exp_name, ids
 
-    def select_ids(self, model_ids: Iterable[int] | None) -> list[int]:
-        """Find the checkpoints that a call for scores means.
+    def choose(
+        self, model_ids: Iterable[int] | None, *, for_scores: bool = False
+    ) -> list[int]:
+        """Take no more batches, and find the checkpoints that a call means.
 
         Args:
-            model_ids: The checkpoints; None for all.
+            model_ids: The checkpoints; None for all, those that other processes added
+                among them.
+            for_scores: Whether scores will be averaged over them.
 
         Returns:
             Their ids.
         """
-        ids = self.choose(model_ids)
-        if model_ids is None:
+        self.end()
+        self.saver.refresh()
+        ids = parse_model_ids(model_ids, self.saver.model_ids)
+        if model_ids is None and for_scores:
             self._warn_of_others(ids)
         return ids
 
     def _warn_of_others(self, ids: list[int]) -> None:
-        """Warn of checkpoints that an earlier run left behind, perhaps by mistake.
+        """Warn of checkpoints that another run left behind, perhaps by mistake.
 
         A run that loaded none of the store's checkpoints means all of them.
         """
@@ -201,26 +207,12 @@ class Session:
             mine = sorted(loaded)
             warnings.warn(
                 f"The scores average over {len(ids)} checkpoints, and this TRAKer loaded "
-                f"only model ids {mine}: {others} were in {self.options.save_dir} before. "
-                f"If they belong to another run, pass model_ids={mine}, or use another "
+                f"only model ids {mine}: {others} in {self.options.save_dir} are of another "
+                f"run. If they are of other models, pass model_ids={mine}, or use another "
                 f"save_dir; if not, pass model_ids={ids}.",
                 TrakWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-
-    def choose(self, model_ids: Iterable[int] | None) -> list[int]:
-        """Take no more batches, and find the checkpoints that a call means.
-
-        Args:
-            model_ids: The checkpoints; None for all, those that other processes added
-                among them.
-
-        Returns:
-            Their ids.
-        """
-        self.end()
-        self.saver.refresh()
-        return parse_model_ids(model_ids, self.saver.model_ids)
 
     def _begin(
         self, model_id: int, exp_name: str | None, total: int, weights: str

@@ -390,5 +390,5 @@ class TRAKer:
             ModelIDException: If there is no checkpoint, or one is not finalized.
             SingularKernelError: If gradients were deleted, or scores are a custom class's.
         """
-        ids = self._session.select_ids(model_ids)
+        ids = self._session.choose(model_ids, for_scores=True)
         return self._scoring.self_influence(ids)

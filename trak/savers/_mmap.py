@@ -20,10 +20,8 @@ from trak.savers._records import (
     open_manifest,
     pin_weights,
     read_experiment_record,
-    read_experiment_records,
     read_finalized,
     read_model_record,
-    read_model_records,
     write_summary,
 )
 
@@ -61,10 +59,9 @@ class MmapSaver(AbstractSaver):
         self._places.prepare()
         mine = {**self.metadata, "format": _layout.FORMAT, "dtype": self._places.dtype}
         open_manifest(self.save_dir, mine)
-        if load_from_save_dir:
-            self.refresh()
-            for model_id in self.model_ids:
-                _layout.remove_dead_temporaries(self._places.directory(model_id))
+        self.refresh()
+        for model_id in self.model_ids:
+            _layout.remove_dead_temporaries(self._places.directory(model_id))
         self.logger.info("%s: %d checkpoints", self.save_dir, len(self.model_ids))
 
     # -- arrays -----------------------------------------------------------------------
@@ -266,16 +263,21 @@ class MmapSaver(AbstractSaver):
         return {key: _layout.open_array(*place, "r") for key, place in places.items()}
 
     def refresh(self) -> None:
-        """Learn what other processes finalized, and, if they take part, added."""
-        for model_id, found in read_model_records(self.save_dir).items():
-            mine = self.model_ids.get(model_id)
-            if mine is None and self.load_from_save_dir:
-                self.model_ids[model_id] = found
-            elif mine is not None and not mine["is_finalized"]:
-                mine.update(found)
+        """Read what other processes have written since.
+
+        Checkpoints and experiments that they added take part from now on, unless
+        ``load_from_save_dir`` was False; checkpoints that they finalized are finalized.
+        """
+        for path in sorted(self.save_dir.glob("id_*.json")):
+            for model_id, found in read_model_record(path).items():
+                mine = self.model_ids.get(model_id)
+                if mine is None and self.load_from_save_dir:
+                    self.model_ids[model_id] = found
+                elif mine is not None and not mine["is_finalized"]:
+                    mine.update(found)
         if self.load_from_save_dir:
-            there = read_experiment_records(self._places.experiments)
-            self.experiments = {**there, **self.experiments}
+            for path in sorted(self._places.experiments.glob("*.json")):
+                self.experiments.setdefault(path.stem, read_experiment_record(path))
 
     # -- results ----------------------------------------------------------------------
 

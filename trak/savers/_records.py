@@ -79,20 +79,6 @@ def read_model_record(path: Path) -> dict[int, dict[str, Any]]:
     return {int(key): {**flags, **record, **read_finalized(path.parent / key)}}
 
 
-def read_model_records(save_dir: Path) -> dict[int, dict[str, Any]]:
-    """Read the records of all checkpoints of a store, by model id."""
-    found: dict[int, dict[str, Any]] = {}
-    for path in sorted(save_dir.glob("id_*.json")):
-        found.update(read_model_record(path))
-    return found
-
-
-def read_experiment_records(directory: Path) -> dict[str, dict[str, Any]]:
-    """Read the records of all experiments, by name."""
-    paths = sorted(directory.glob("*.json"))
-    return {path.stem: read_experiment_record(path) for path in paths}
-
-
 def read_finalized(directory: Path) -> dict[str, Any]:
     """Read what finalizing a checkpoint, and deleting its gradients, left on record.
 
