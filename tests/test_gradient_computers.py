@@ -25,6 +25,7 @@ from trak.modelout_functions import (
     ImageClassificationModelOutput,
     MultilabelModelOutput,
     RegressionModelOutput,
+    resolve_task,
 )
 
 
@@ -186,3 +187,16 @@ def test_the_interface_gives_one_block() -> None:
     computer = Ones(linear(1), RegressionModelOutput())
     blocks = list(computer.per_sample_grad_blocks(torch.zeros(3)))
     assert [block.shape for block in blocks] == [(3, 2)]
+
+
+def test_examples_that_depend_on_their_batch_are_refused() -> None:
+    class Centred(torch.nn.Linear):
+        def forward(self, inputs: Tensor) -> Tensor:
+            return super().forward(inputs - inputs.mean(dim=0))
+
+    model = Centred(3, 2)
+    batch = torch.arange(12.0).reshape(4, 3) ** 2, torch.tensor([0, 1, 0, 1])
+    task = resolve_task("image_classification")
+    computer = IterativeGradientComputer(model, task)
+    with pytest.raises(GradientError, match=r"alone and .* in a batch"):
+        computer.compute_per_sample_grad(batch)

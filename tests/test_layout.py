@@ -259,3 +259,27 @@ class TestTemporaries:
             (tmp_path / name).touch()
         remove_dead_temporaries(tmp_path)
         assert names(tmp_path) == sorted(stay)
+
+
+def test_a_file_system_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no links")
+
+    monkeypatch.setattr(os, "link", link)
+    path = tmp_path / "record.json"
+    assert _layout.write_record(path, {"a": 1}, replace=False)
+    assert not _layout.write_record(path, {"a": 2}, replace=False)
+    assert _layout.read_record(path) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o002])
+def test_the_umask_is_kept(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        _layout.write_record(tmp_path / "record.json", {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "record.json").stat().st_mode & 0o777 == 0o666 & ~umask

@@ -15,6 +15,7 @@ from trak._linalg import (
     encode_half,
     gram,
     mean_eigenvalue,
+    product,
     pseudo_inverse,
     spans,
 )
@@ -178,3 +179,20 @@ class TestTopK:
 def test_scores_compare_by_their_largest() -> None:
     with pytest.raises(AssertionError):
         assert_scores(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1e-2]), 1e-3)
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_products_are_exact_where_fast_ones_were_asked_for(newer: bool) -> None:
+    left = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    before = torch.get_float32_matmul_precision()
+    try:
+        if newer:
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        else:
+            torch.set_float32_matmul_precision("medium")
+        exact = product(left, left.T)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.set_float32_matmul_precision(before)
+    expected = left.double() @ left.double().T
+    torch.testing.assert_close(exact.double(), expected, rtol=1e-6, atol=1e-5)

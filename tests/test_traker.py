@@ -461,3 +461,10 @@ def test_a_score_computer_on_another_device(tmp_path: Path) -> None:
     )
     scores = run(problem, tmp_path, score_computer=BasicScoreComputer(device="cpu"))
     assert_scores(scores, expected)
+
+
+@pytest.mark.parametrize("name", ["gradient_computer", "score_computer", "saver"])
+def test_parts_that_are_in_use_cannot_be_replaced(tmp_path: Path, name: str) -> None:
+    traker = make(classification(mlp(), 4), tmp_path)
+    with pytest.raises(OptionError, match=f"{name} cannot be replaced"):
+        setattr(traker, name, getattr(traker, name))

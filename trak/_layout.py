@@ -15,8 +15,8 @@ import json
 import os
 import re
 import socket
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,6 +136,9 @@ _TEMPORARY = re.compile(r"\.trak-(?P<machine>.+)-(?P<pid>\d+)-[a-z0-9_]+")
 
 _WEEK = 7 * 24 * 3600.0
 
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+"""What file systems without hard links answer; there, the last of two writers wins."""
+
 
 def _machine() -> str:
     """Name this host and its table of processes, of which every container has its own."""
@@ -150,11 +153,8 @@ def _machine() -> str:
 def _temporary_beside(path: Path) -> Iterator[Path]:
     """Give a new file's path in the same directory; it is gone afterwards."""
     with writing(path):
-        handle, name = tempfile.mkstemp(
-            prefix=f".trak-{_machine()}-{os.getpid()}-", dir=path.parent
-        )
-        os.close(handle)
-    temporary = Path(name)
+        temporary = path.parent / f".trak-{_machine()}-{os.getpid()}-{uuid.uuid4().hex}"
+        temporary.touch(exist_ok=False)  # with the permissions that the umask leaves
     try:
         yield temporary
     finally:
@@ -206,14 +206,18 @@ def write_record(
 
 
 def _publish(temporary: Path, path: Path, *, replace: bool) -> bool:
-    temporary.chmod(0o644)
-    if replace:
-        temporary.replace(path)
-        return True
     try:
-        os.link(temporary, path)
+        if not replace:
+            os.link(temporary, path)
+            return True
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        if path.exists():
+            return False
+    temporary.replace(path)
     return True
 
 

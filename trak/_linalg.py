@@ -42,7 +42,10 @@ def spans(total: int, step: int) -> Iterator[tuple[int, int]]:
 def product(
     left: Float[Tensor, "i k"], right: Float[Tensor, "k j"]
 ) -> Float[Tensor, "i j"]:
-    """Multiply two matrices in their own type, even where a caller set autocast.
+    """Multiply two matrices in their own type, whatever a caller set for speed.
+
+    Autocast is left out, and where float32 products may use TensorFloat-32 or bfloat16
+    they are made in float64: no switch of the process is touched.
 
     Args:
         left: Left matrix. Shape ``(i, k)``.
@@ -57,7 +60,21 @@ def product(
         tensor([[1.0010]])
     """
     with torch.autocast(left.device.type, enabled=False):
+        if left.dtype == torch.float32 and _products_are_narrow(left.device.type):
+            return (left.double() @ right.double()).float()
         return left @ right
+
+
+def _products_are_narrow(device_type: str) -> bool:
+    backend = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    matmul = getattr(backend, "matmul", None)
+    try:
+        narrow = torch.get_float32_matmul_precision() != "highest"
+    except (
+        RuntimeError
+    ):  # torch 2.13 cannot tell where newer and older switches are set
+        narrow = True
+    return narrow or getattr(matmul, "fp32_precision", "none") not in {"ieee", "none"}
 
 
 def gram(read: RowReader, n: int, p: int) -> Float64[Tensor, "q q"]:

@@ -332,10 +332,10 @@ class Scoring:
             The ``(n, m)`` scores, mapped from their file; changes stay in memory.
         """
         record = self.saver.experiments[exp_name]
+        record.update(model_ids=[*model_ids], finalized_with=describe(self.computer))
         with self.saver.open_scores(exp_name, int(record["num_targets"])) as array:
             for block in self.blocks(exp_name, model_ids):
                 array[slice(*block.rows), slice(*block.columns)] = block.values.cpu()
-        record.update(model_ids=[*model_ids], finalized_with=describe(self.computer))
         self.saver.save_scores(exp_name)
         scores: np.ndarray = self.saver.current_store[f"{exp_name}_scores"]
         return scores

@@ -118,8 +118,7 @@ class TRAKer:
         self.model = model
         self.task: AbstractModelOutput = resolve_task(task)
         self.train_set_size = options.train_set_size
-        self.save_dir = options.save_dir
-        self.load_from_save_dir = load_from_save_dir
+        self.save_dir, self.load_from_save_dir = options.save_dir, load_from_save_dir
         self.device = options.device
         self.dtype = torch.float16 if use_half_precision else torch.float32
         self.grad_wrt = grad_wrt
@@ -154,6 +153,13 @@ class TRAKer:
         self._session = Session(
             self.saver, self.gradient_computer, built, options, self.proj_dim, scale
         )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in {"gradient_computer", "score_computer", "saver"} & set(vars(self)):
+            raise OptionError(
+                f"{name} cannot be replaced; make another TRAKer with it."
+            )
+        super().__setattr__(name, value)
 
     @property
     def projector(self) -> AbstractProjector:

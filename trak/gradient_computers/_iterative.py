@@ -11,6 +11,7 @@ from torch import Tensor
 from trak._batches import (
     as_arguments,
     batch_size,
+    copied,
     describe_value,
     rebuild,
     row_leaves,
@@ -44,6 +45,7 @@ class IterativeGradientComputer(SelectiveGradientComputer):
         self.model = model
         named = dict(model.named_parameters())
         self.model_params = [named[name] for name in self.selection.names]
+        self._is_checked = False
 
     def compute_per_sample_grad(self, batch: Batch) -> Float[Tensor, "b d"]:
         r"""Compute :math:`\nabla_\theta f(z_i; \theta)` for every example of a batch.
@@ -57,7 +59,8 @@ class IterativeGradientComputer(SelectiveGradientComputer):
 
         Raises:
             TaskError: If the task does not give one output for each example.
-            GradientError: If the outputs do not depend on the selected parameters.
+            GradientError: If the outputs do not depend on the selected parameters, or
+                an example's output depends on the rest of its batch.
         """
         # Callers may be under no_grad or inference_mode; autograd is needed here.
         with torch.inference_mode(False), torch.enable_grad():
@@ -73,6 +76,7 @@ class IterativeGradientComputer(SelectiveGradientComputer):
         rows = first.new_zeros(b, self.selection.grad_dim, dtype=dtype)
         if b == 0:
             return rows
+        alone = self._first_alone(batch)
         outputs = self._outputs(batch)
         if not isinstance(outputs, Tensor) or outputs.shape != (b,):
             raise TaskError(
@@ -85,6 +89,7 @@ class IterativeGradientComputer(SelectiveGradientComputer):
                 f"The outputs of {type(self.modelout_fn).__name__} do not depend on any "
                 f"selected parameter through autograd; does it detach, or use no_grad?"
             )
+        self._check_alone(alone, outputs)
         for i in range(b):
             grads = torch.autograd.grad(
                 outputs[i],
@@ -99,6 +104,27 @@ class IterativeGradientComputer(SelectiveGradientComputer):
             for i in (~torch.isfinite(rows).all(dim=1)).nonzero()[:, 0].tolist():
                 rows[i] = self._rows(take(batch, slice(i, i + 1)))[0]
         return rows
+
+    @torch.no_grad()
+    def _first_alone(self, batch: Batch) -> object:
+        """Compute the first example's output without its batch, once a checkpoint."""
+        if self._is_checked or batch_size(batch) < 2:
+            return None
+        self._is_checked = True
+        return self._outputs(copied(take(batch, slice(0, 1))))
+
+    def _check_alone(self, alone: object, outputs: Float[Tensor, " b"]) -> None:
+        if not isinstance(alone, Tensor):
+            return
+        found, first = float(alone.reshape(-1)[0]), float(outputs[0].detach())
+        # Another batch size rounds otherwise, by 1e-3 where products are TensorFloat-32.
+        if abs(found - first) > 0.02 * max(1.0, abs(first)):
+            raise GradientError(
+                f"{type(self.modelout_fn).__name__} gives an example {found:.6g} alone "
+                f"and {first:.6g} in a batch: its output depends on the others, or on "
+                f"chance, and has no gradient of its own. Use a task and a model that "
+                f"treat examples one by one."
+            )
 
     def _outputs(self, batch: Batch) -> object:
         task = self.modelout_fn

@@ -64,8 +64,6 @@ class MmapSaver(AbstractSaver):
             _layout.remove_dead_temporaries(self._places.directory(model_id))
         self.logger.info("%s: %d checkpoints", self.save_dir, len(self.model_ids))
 
-    # -- arrays -----------------------------------------------------------------------
-
     def register_model_id(
         self,
         model_id: int,
@@ -387,6 +385,9 @@ class MmapSaver(AbstractSaver):
         place = self._places.of(_layout.SCORES, 0, exp_name, num_targets)
         with _layout.new_array(*place) as array:
             yield array
+            # The record says what is to come before it comes.
+            self.experiments[exp_name]["scores_finalized"] = 0
+            self._write_experiment(exp_name, self.experiments[exp_name])
         self.current_store[f"{exp_name}_scores"] = _layout.open_array(*place, "c")
 
     def save_scores(self, exp_name: str) -> None:
@@ -395,6 +396,5 @@ class MmapSaver(AbstractSaver):
         Args:
             exp_name: The experiment's name.
         """
-        record = {**self.experiments[exp_name], "scores_finalized": 1}
-        self.experiments[exp_name] = record
-        self._write_experiment(exp_name, record)
+        self.experiments[exp_name]["scores_finalized"] = 1
+        self._write_experiment(exp_name, self.experiments[exp_name])
