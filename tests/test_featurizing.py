@@ -246,9 +246,12 @@ def test_readers_copy() -> None:
 
 def test_differences_between_checkpoints() -> None:
     inds, digests = np.array([3, 1]), np.array([7, 8])
-    assert first_difference(None, inds, digests) is None
+    assert first_difference(None, inds, digests) == (None, False)
     other = empty()
-    assert first_difference(other, inds, digests) is None
+    assert first_difference(other, inds, digests) == (None, False)
     other["is_featurized"][[1, 3]] = DONE
     other["row_digest"][3], other["row_digest"][1] = 7, 9
-    assert first_difference(other, inds, digests) == 1
+    assert first_difference(other, inds, digests) == (1, False)
+    other["row_digest"][0] = 8  # where the other checkpoint has the same example
+    assert first_difference(other, inds, digests) == (1, True)
+    assert first_difference(other, inds, np.array([6, 8])) == (3, False)

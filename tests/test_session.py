@@ -165,6 +165,6 @@ def test_the_warning_names_the_first_other_example(tmp_path: Path) -> None:
     bench.traker.load_checkpoint(randomized(bench.problem.model, 5))
     with pytest.warns(TrakWarning, match="example 1 is not the one") as caught:
         bench.traker.featurize(
-            (bench.images[[0, 2]], bench.labels[[0, 2]]), inds=[0, 1]
+            (-bench.images[[0, 2]], bench.labels[[0, 2]]), inds=[1, 2]
         )
     assert len(caught) == 1

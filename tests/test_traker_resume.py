@@ -221,9 +221,12 @@ def test_a_loader_that_shuffles_is_noticed(tmp_path: Path) -> None:
     traker.featurize(problem.train)
     traker.load_checkpoint(problem.checkpoints[1])
     flipped = (problem.train[0].flip(0), problem.train[1].flip(0))
-    with pytest.warns(TrakWarning, match="example 0 is not the one that another"):
+    with pytest.raises(StaleRowError, match="example 0 is not the one that another"):
         traker.featurize(take(flipped, slice(0, 4)))
-    traker.featurize(take(flipped, slice(4, 11)))  # told once
+    augmented = (problem.train[0] + 1, problem.train[1])
+    with pytest.warns(TrakWarning, match="example 0 is not the one that another"):
+        traker.featurize(take(augmented, slice(0, 4)))
+    traker.featurize(take(augmented, slice(4, 11)))  # told once
 
 
 def test_skipped_examples_score_zero(tmp_path: Path) -> None:

@@ -804,8 +804,19 @@ def test_37_a_loader_that_shuffles_is_noticed(tmp_path: Path) -> None:
     traker.featurize(TRAIN, num_samples=N)
     traker.load_checkpoint(CHECKPOINTS[1], 1)
     shuffled = TRAIN[0].flip(0), TRAIN[1].flip(0)
-    with pytest.warns(TrakWarning, match="does the loader shuffle or augment"):
+    with pytest.raises(StaleRowError, match=r"0 is not the one .* one fixed order"):
         traker.featurize(shuffled, num_samples=N)
+    traker.featurize(shuffled, inds=range(N)[::-1])
+
+
+def test_37_a_loader_that_augments_is_noticed(tmp_path: Path) -> None:
+    """0.3.2: scores of other examples than the indices said, silently."""
+    traker = make(tmp_path)
+    traker.load_checkpoint(CHECKPOINTS[0], 0)
+    traker.featurize(TRAIN, num_samples=N)
+    traker.load_checkpoint(CHECKPOINTS[1], 1)
+    with pytest.warns(TrakWarning, match="does the loader augment"):
+        traker.featurize((-TRAIN[0], TRAIN[1]), num_samples=N)
 
 
 def test_37_augmented_data_under_a_stored_index_is_refused(tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def first_difference(
     other: Store | None,
     inds: Int64[np.ndarray, " b"],
     digests: Int64[np.ndarray, " b"],
-) -> int | None:
+) -> tuple[int | None, bool]:
     """Find a training example whose bytes were others for another checkpoint.
 
     Args:
@@ -303,13 +303,17 @@ def first_difference(
         digests: The hashes of its examples.
 
     Returns:
-        The first such example's index, or None.
+        The first such example's index, or None; and whether the bytes of all such
+        examples stand under other indices there, so that the order is another.
     """
     if other is None:
-        return None
+        return None, False
     done = ~pending_rows(other, "is_featurized", inds)
-    positions = np.flatnonzero(changed_rows(other, "", inds, digests, done))
-    return int(inds[positions[0]]) if len(positions) else None
+    changed = changed_rows(other, "", inds, digests, done)
+    if not changed.any():
+        return None, False
+    moved = np.isin(digests[changed], np.asarray(other["row_digest"])).all()
+    return int(inds[changed][0]), bool(moved)
 
 
 def check_same_rows(

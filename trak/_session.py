@@ -33,7 +33,13 @@ from trak._options import (
 from trak._readiness import require_finalized
 from trak._seams import has_batched_form
 from trak._types import Batch
-from trak.errors import ExperimentError, ModelIDException, OrderError, TrakWarning
+from trak.errors import (
+    ExperimentError,
+    ModelIDException,
+    OrderError,
+    StaleRowError,
+    TrakWarning,
+)
 from trak.gradient_computers import AbstractGradientComputer
 from trak.projectors import AbstractProjector
 from trak.savers import AbstractSaver, MmapSaver
@@ -318,16 +324,22 @@ class Session:
         return self.saver.open_digests(min(others))
 
     def _compare(self, current: Current, rows: np.ndarray, digests: np.ndarray) -> None:
-        index = first_difference(current.other, rows, digests)
+        index, has_moved = first_difference(current.other, rows, digests)
         if index is None:
             return
+        if has_moved:
+            raise StaleRowError(
+                f"Training example {index} is not the one that another checkpoint was "
+                f"featurized with: that has the examples of this batch under other "
+                f"indices. Go through the data in one fixed order, or pass inds."
+            )
         # Once for each checkpoint is enough.
         self._current = Current(current.model_id, None, current.total, None)
         warnings.warn(
             f"Training example {index} is not the one that another checkpoint was "
-            f"featurized with: does the loader shuffle or augment? Scores average over "
-            f"checkpoints, so every index must always be the same example. (Harmless if "
-            f"only padding differs.)",
+            f"featurized with: does the loader augment, or is the data other? Scores "
+            f"average over checkpoints, so every index must always be the same example. "
+            f"(Harmless if only padding differs.)",
             TrakWarning,
             stacklevel=4,
         )
