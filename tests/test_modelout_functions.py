@@ -573,3 +573,23 @@ class TestAbstract:
         )
         here = "|".join(cls().describe() for cls in TASK_TO_MODELOUT.values())
         assert done.stdout.strip() == here
+
+
+def test_a_batched_form_that_waits_for_its_per_example_form_is_kept() -> None:
+    class Family(AbstractModelOutput):
+        def get_out_to_loss_grad(self, *args: Any) -> Any:
+            return args
+
+        def get_outputs(self, *args: Any) -> Any:
+            return args
+
+    class Member(Family):
+        def get_output(self, *args: Any) -> Any:
+            return args
+
+    class Replacement(Member):
+        def get_output(self, *args: Any) -> Any:
+            return args[0]
+
+    assert Member.get_outputs is Family.get_outputs
+    assert Replacement.get_outputs is AbstractModelOutput.get_outputs

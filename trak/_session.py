@@ -67,7 +67,7 @@ class Current:
 
 @dataclass(slots=True)
 class Session:
-    """Stores batches as rows of what :meth:`begin` named."""
+    """Loads checkpoints, and stores the batches that follow as their rows."""
 
     saver: AbstractSaver
     computer: AbstractGradientComputer

@@ -44,7 +44,9 @@ class AbstractModelOutput(ABC):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if "get_output" in vars(cls) and "get_outputs" not in vars(cls):
+        inherited = getattr(super(cls, cls), "get_output", None)
+        replaces = not getattr(inherited, "__isabstractmethod__", False)
+        if "get_output" in vars(cls) and "get_outputs" not in vars(cls) and replaces:
             # The inherited batched form would compute another output than this one.
             cls.get_outputs = AbstractModelOutput.get_outputs  # type: ignore[method-assign]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,16 +34,30 @@ _TEXT_INPUTS = {
 
 
 class _SoftmaxModelOutput(AbstractModelOutput):
-    """The out-to-loss of a softmax; subclasses say how a batch is taken apart."""
+    """Margins and out-to-loss of a softmax; a batch is taken apart as of images."""
 
     def __init__(self, temperature: float = 1.0) -> None:
         check_positive("temperature", temperature)
         self.loss_temperature = temperature
 
     @staticmethod
-    @abstractmethod
     def _split(batch: Batch) -> ModelCall:
         """Take the labels out of a batch."""
+        return _split_image(batch)
+
+    def get_outputs(
+        self,
+        model: Module,
+        weights: Weights | None,
+        buffers: Weights | None,
+        batch: Batch,
+    ) -> Float[Tensor, " b"]:
+        """Compute the margins of a batch, after checking its labels.
+
+        Returns:
+            The margins, differentiable. Shape ``(b,)``.
+        """
+        return _checked_margins(model, weights, buffers, self._split(batch))
 
     def get_out_to_loss_grad(
         self,
@@ -107,24 +120,6 @@ class ImageClassificationModelOutput(_SoftmaxModelOutput):
         example = (image,) if label is None else (image, label)
         return _margin(model, weights, buffers, _split_image(as_batch(example)))
 
-    def get_outputs(
-        self,
-        model: Module,
-        weights: Weights | None,
-        buffers: Weights | None,
-        batch: Batch,
-    ) -> Float[Tensor, " b"]:
-        """Compute the margins of a batch, after checking its labels.
-
-        Returns:
-            The margins, differentiable. Shape ``(b,)``.
-        """
-        return _checked_margins(model, weights, buffers, _split_image(batch))
-
-    @staticmethod
-    def _split(batch: Batch) -> ModelCall:
-        return _split_image(batch)
-
 
 class IterativeImageClassificationModelOutput(_SoftmaxModelOutput):
     """The margin of the correct class, for gradient computers that loop over a batch.
@@ -165,24 +160,6 @@ class IterativeImageClassificationModelOutput(_SoftmaxModelOutput):
         batch = images if labels is None else (images, labels)
         return _checked_margins(model, weights, buffers, _split_image(batch))
 
-    def get_outputs(
-        self,
-        model: Module,
-        weights: Weights | None,
-        buffers: Weights | None,
-        batch: Batch,
-    ) -> Float[Tensor, " b"]:
-        """Compute the margins of a batch, after checking its labels.
-
-        Returns:
-            The margins, differentiable. Shape ``(b,)``.
-        """
-        return _checked_margins(model, weights, buffers, _split_image(batch))
-
-    @staticmethod
-    def _split(batch: Batch) -> ModelCall:
-        return _split_image(batch)
-
 
 class TextClassificationModelOutput(_SoftmaxModelOutput):
     """The margin of the correct class of a text.
@@ -222,20 +199,6 @@ class TextClassificationModelOutput(_SoftmaxModelOutput):
             The margin. Shape ``()``.
         """
         return _margin(model, weights, buffers, _split_text(as_batch(example)))
-
-    def get_outputs(
-        self,
-        model: Module,
-        weights: Weights | None,
-        buffers: Weights | None,
-        batch: Batch,
-    ) -> Float[Tensor, " b"]:
-        """Compute the margins of a batch, after checking its labels.
-
-        Returns:
-            The margins, differentiable. Shape ``(b,)``.
-        """
-        return _checked_margins(model, weights, buffers, _split_text(batch))
 
     @staticmethod
     def _split(batch: Batch) -> ModelCall:
