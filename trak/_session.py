@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from trak._options import (
     parse_rows,
 )
 from trak._readiness import require_finalized
-from trak._seams import has_batched_form
+from trak._seams import Parts, has_batched_form
 from trak._types import Batch
 from trak.errors import (
     ExperimentError,
@@ -79,6 +80,14 @@ class Session:
     _loaded: Loaded | None = None
     _experiment: str | None = None
     _cursors: dict[tuple[int, str | None], int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, saver: AbstractSaver, parts: Parts) -> Session:
+        """Make a session of what was built."""
+        options = parts.options
+        scale = math.sqrt(options.selection.grad_dim)
+        computer, projector = parts.gradient_computer, parts.projector
+        return cls(saver, computer, projector, options, parts.proj_dim, scale)
 
     def load_for_training(
         self,
