@@ -140,7 +140,9 @@ def estimate(
         on_non_finite="raise",
     )
     given = gradient_computer, projector, score_computer
-    parts = build_parts(model, task, options, *given, logging.getLogger("ScoreComputer").level)
+    parts = build_parts(
+        model, task, options, *given, logging.getLogger("ScoreComputer").level
+    )
     return estimate_parts(
         parts, None, num_targets, num_checkpoints, batch, batch_size, k
     )
@@ -166,7 +168,7 @@ def estimate_parts(
         m=positive("num_targets", num_targets),
         c=positive("num_checkpoints", num_checkpoints),
         b=positive("batch_size", found or 32 if batch_size is None else batch_size),
-        k=positive("k", k),
+        k=min(positive("k", k), parts.options.train_set_size),
     )
     measured = _measure(parts, sizes, batch, found or 0)
     has_files = saver is None or isinstance(saver, MmapSaver)
@@ -234,7 +236,8 @@ def _measure(parts: Parts, sizes: Sizes, batch: Batch | None, found: int) -> Mea
         "training example",
         weighted=True,
     )
-    timed = measure_batch(pipeline, batch, found, device)
+    half = parts.options.use_half_precision
+    timed = measure_batch(pipeline, batch, found, device, half=half)
     share = sizes.b / found
     return Measured(
         rates,

@@ -116,13 +116,16 @@ def format_seconds(seconds: float) -> str:
     """Write a time in two or three digits, with the unit.
 
     Example:
-        >>> format_seconds(0.0123), format_seconds(75), format_seconds(7500)
+        >>> format_seconds(0.0123), format_seconds(75.0), format_seconds(7500.0)
         ('12 ms', '1.2 min', '2.1 h')
 
     Returns:
         The text.
     """
-    for limit, size, unit in ((1, 1e-3, "ms"), (60, 1, "s"), (3600, 60, "min")):
+    size, unit = 3600.0, "h"
+    for limit, factor, name in ((1, 1e-3, "ms"), (60, 1.0, "s"), (3600, 60.0, "min")):
         if seconds < limit:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{seconds / 3600:,.{1 if seconds < 36000 else 0}f} h"
+            size, unit = factor, name
+            break
+    value = seconds / size
+    return f"{value:,.{1 if value < 10 else 0}f} {unit}"

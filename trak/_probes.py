@@ -7,11 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from trak._batches import as_arguments, copied, rebuild, row_leaves, take
-from trak._featurizing import Pipeline
+from trak._batches import (
+    as_arguments,
+    copied,
+    rebuild,
+    row_digests,
+    row_leaves,
+    take,
+)
+from trak._featurizing import Pipeline, store_batch
 from trak._linalg import product
 from trak._seams import has_batched_form
 from trak._types import Batch
@@ -147,7 +155,7 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
         model: The model.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(value, value._version, value.clone()) for value in model.buffers()]
+    buffers = [(value, value.clone()) for value in model.buffers()]
     devices = {value.device for value in model.parameters() if value.is_cuda}
     with torch.random.fork_rng(devices=list(devices)):
         try:
@@ -157,33 +165,37 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
             for module, mode in modes:
                 module.training = mode
             with torch.no_grad():
-                for buffer, version, value in buffers:
-                    if buffer._version != version:
+                for buffer, value in buffers:
+                    if not torch.equal(buffer, value):
                         buffer.copy_(value)
 
 
 def measure_batch(
-    pipeline: Pipeline, batch: Batch, size: int, device: torch.device
+    pipeline: Pipeline, batch: Batch, size: int, device: torch.device, *, half: bool
 ) -> BatchTime:
-    """Featurize a batch into nowhere, twice.
+    """Featurize a batch into arrays that are thrown away, twice.
 
     Args:
         pipeline: What computes; its computer is loaded with the model anew.
         batch: The examples, canonical.
         size: Their number.
         device: Where they are.
+        half: Whether rows are stored in float16.
 
     Returns:
         How long it takes.
     """
-    computer = pipeline.computer
+    computer, p = pipeline.computer, pipeline.proj_dim
+    inds = np.arange(size, dtype=np.int64)
+    store = {"grads": np.empty((size, p), np.float16 if half else np.float32)}
+    if half:
+        store["grads_exponent"] = np.empty((size, 1), np.int16)
     with untouched(computer.model):
         computer.load_model_params(computer.model)
 
         def featurize() -> None:
-            if pipeline.weighted:
-                pipeline.out_to_loss(batch, size)
-            pipeline.rows(batch, size)
+            digests = row_digests(batch)
+            store_batch(pipeline, store, None, batch, inds, digests, skip=True)
 
         first = repeat(featurize, device, 0.0)
         others = first if first > LONG else repeat(featurize, device, 0.0)
