@@ -1,4 +1,4 @@
-"""Gram matrices, damped solves, half-precision rows and streaming top-k."""
+"""Exact products, damped solves and half-precision rows."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import pytest
 import torch
 
 from tests.problems import assert_scores, draw
-from trak import _linalg
 from trak._linalg import (
     Kernel,
-    TopK,
     damp,
     decode_half,
     encode_half,
-    gram,
     mean_eigenvalue,
     product,
     pseudo_inverse,
@@ -27,32 +24,6 @@ def test_spans_cover_a_range_once(total: int, step: int) -> None:
     pieces = [i for low, high in spans(total, step) for i in range(low, high)]
     assert pieces == list(range(total))
     assert all(0 < high - low <= step for low, high in spans(total, step))
-
-
-class TestGram:
-    @pytest.mark.parametrize("tile", [1, 5, 12, 1 << 24])
-    @pytest.mark.parametrize(
-        ("n", "p"), [(0, 2), (1, 1), (3, 5), (5, 3), (4, 4), (7, 1)]
-    )
-    def test_is_the_smaller_one(
-        self, monkeypatch: pytest.MonkeyPatch, n: int, p: int, tile: int
-    ) -> None:
-        monkeypatch.setattr(_linalg, "TILE", tile)
-        x = draw(n, p).float()
-        found = gram(lambda low, high: x[low:high], n, p)
-        expected = x.double().T @ x.double() if n > p else x.double() @ x.double().T
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-
-    def test_no_rows_and_no_columns_to_spare(self) -> None:
-        rows = torch.zeros(0, 2)
-        assert gram(lambda low, high: rows[low:high], 0, 2).shape == (0, 0)
-
-    def test_many_columns_are_summed_in_pieces(self) -> None:
-        x = torch.full((2, 9000), 0.1)
-        found = gram(lambda low, high: x[low:high], 2, 9000)
-        expected = x.double() @ x.double().T
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 class TestKernels:
@@ -147,33 +118,6 @@ class TestHalf:
         rows = torch.tensor([[value, -value / 3]])
         decoded = decode_half(*encode_half(rows))
         torch.testing.assert_close(decoded, rows, rtol=2.0**-11, atol=2.0**-149)
-
-
-class TestTopK:
-    @pytest.mark.parametrize("largest", [True, False])
-    @pytest.mark.parametrize("step", [1, 2, 5, 9])
-    @pytest.mark.parametrize("k", [1, 3, 9, 20])
-    def test_is_the_sorted_matrix(self, k: int, step: int, largest: bool) -> None:
-        matrix = draw(9, 4).float()
-        top = TopK(k, 4, largest=largest)
-        for low, high in spans(9, step):
-            top.update(matrix[low:high], low)
-        values, indices = matrix.sort(dim=0, descending=largest)
-        torch.testing.assert_close(top.values, values[:k])
-        torch.testing.assert_close(top.indices, indices[:k])
-
-    def test_ties_and_empty_blocks(self) -> None:
-        top = TopK(2, 1)
-        top.update(torch.zeros(0, 1), 0)
-        top.update(torch.ones(3, 1), 0)
-        top.update(torch.ones(3, 1), 3)
-        assert top.values[:, 0].tolist() == [1, 1]
-        assert len(set(top.indices[:, 0].tolist())) == 2
-
-    def test_no_columns(self) -> None:
-        top = TopK(2, 0)
-        top.update(torch.zeros(3, 0), 0)
-        assert top.values.shape == (2, 0)
 
 
 def test_scores_compare_by_their_largest() -> None:
