@@ -47,7 +47,7 @@ FLUSH_SECONDS = 3e-3
 HASH_RATE = 5e8
 """Bytes a second at which a checkpoint is loaded, checked and hashed."""
 
-ROW_BYTES = 40
+ROW_BYTES = 14
 """Bytes for each entry of a batch's rows, between projection and store."""
 
 
@@ -173,14 +173,14 @@ def estimate_parts(
     measured = _measure(parts, sizes, batch, found or 0)
     has_files = saver is None or isinstance(saver, MmapSaver)
     files = _files(parts, sizes) if has_files else StoreSizes(0, 0, 0, 0)
-    finalize, scores = _score_costs(parts, sizes)
+    finalize, scores, top_k = _score_costs(parts, sizes)
     n, m, c = sizes.n, sizes.m, sizes.c
     return Estimate(
         featurize=_rows_stage(parts, sizes, measured, n, files.featurize),
         finalize_features=_score_stage(parts, measured, finalize, c, files.finalize),
         score=_rows_stage(parts, sizes, measured, m, files.score),
         finalize_scores=_score_stage(parts, measured, scores, 1, files.finalize_scores),
-        top_k=_score_stage(parts, measured, scores, 1, 0, 2 * 12 * m * sizes.k),
+        top_k=_score_stage(parts, measured, top_k, 1, 0),
         sizes=(
             f"{n:,} training examples, {m:,} targets, {c:,} checkpoints; "
             f"{parts.options.selection.grad_dim:,} gradient entries projected to "
@@ -264,7 +264,7 @@ def _rows_stage(
 
 
 def _score_stage(
-    parts: Parts, measured: Measured, cost: Cost, times: int, disk: int, extra: int = 0
+    parts: Parts, measured: Measured, cost: Cost, times: int, disk: int
 ) -> Stage:
     seconds = (
         cost.float32 / measured.rates.float32
@@ -272,8 +272,7 @@ def _score_stage(
         + cost.entries / READ_RATE
     )
     device = _model_bytes(parts) + cost.device
-    host = cost.host + extra
-    return _stage(parts, disk, device, host, times * seconds + disk / WRITE_RATE)
+    return _stage(parts, disk, device, cost.host, times * seconds + disk / WRITE_RATE)
 
 
 def _stage(parts: Parts, disk: int, device: int, host: int, seconds: float) -> Stage:
@@ -282,11 +281,13 @@ def _stage(parts: Parts, disk: int, device: int, host: int, seconds: float) -> S
     return Stage(disk, host, device, seconds)
 
 
-def _score_costs(parts: Parts, sizes: Sizes) -> tuple[Cost, Cost]:
+def _score_costs(parts: Parts, sizes: Sizes) -> tuple[Cost, Cost, Cost]:
     n, m, c, p = sizes.n, sizes.m, sizes.c, parts.proj_dim
     if as_blocked(parts.score_computer) is None:
-        return whole_cost(n, 0, p, 1), whole_cost(n, m, p, c)
-    return finalize_cost(n, p), scores_cost(n, m, p, c)
+        scores = whole_cost(n, m, p, c)
+        return whole_cost(n, 0, p, 1), scores, scores
+    top_k = scores_cost(n, m, p, c, sizes.k)
+    return finalize_cost(n, p), scores_cost(n, m, p, c), top_k
 
 
 def _files(parts: Parts, sizes: Sizes) -> StoreSizes:

@@ -1,12 +1,29 @@
-"""What finalizing and scoring cost, as functions of the sizes: bytes and operations."""
+"""What finalizing and scoring cost, as functions of the sizes: bytes and operations.
+
+The tiles are those of the code that does the work, where there is memory for them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trak._linalg import TILE
+from trak._gram import panels
+from trak._linalg import spans
+from trak._memory import TILE, read_height, score_height, score_width
 
 _FLOAT, _DOUBLE = 4, 8
+
+_PACKING = 20
+"""Bytes for each score of the first block of ``top_k``, while all are candidates."""
+
+_KEPT = 40
+"""Bytes for each result of ``top_k``."""
+
+_PACKED = 1 << 23
+"""Bytes that a product takes for rearranged pieces of its factors."""
+
+_CONDITION = 60
+"""Passes over a kernel that estimating its condition number takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,13 +37,13 @@ class Cost:
     """Most bytes at once in main memory besides, wherever the products are made."""
 
     float32: float
-    """Floating-point operations in float32, a multiplication and an addition each."""
+    """Floating-point operations in float32; a multiplication and an addition are two."""
 
     float64: float
     """The same in float64."""
 
     entries: float
-    """Entries of stored rows that are read and widened, or compared."""
+    """Entries that are read, widened, summed or compared, apart from products."""
 
 
 def finalize_cost(n: int, p: int) -> Cost:
@@ -39,19 +56,27 @@ def finalize_cost(n: int, p: int) -> Cost:
     Returns:
         The cost.
     """
-    q = min(n, p)
-    rows = min(n, max(1, TILE // p)) * p
-    gram = rows * _FLOAT + q * q * (2 * _DOUBLE + _FLOAT)
+    q, height = min(n, p), min(n, read_height(p))
+    if n > p:
+        tiles = height * p + _widest(q) * q
+        float32 = 2.0 * n * _triangle(p)
+        entries = n * p + n / height * _triangle(p)
+    else:
+        tiles = 2 * height * p + height * height
+        blocks = [*spans(n, height)]
+        whole = sum((high - low) * low for low, high in blocks)
+        float32 = 2.0 * p * (whole + sum(_triangle(hi - lo) for lo, hi in blocks))
+        entries = n * p * (len(blocks) + 1) / 2 + p / height * q * q / 2
     return Cost(
-        device=max(gram, 3 * _DOUBLE * q * q),
-        host=2 * rows,
-        float32=2.0 * n * p * q / (1 if n > p else 2),
-        float64=q**3 / 3 + 200.0 * q * q,
-        entries=2.0 * n * p,
+        device=_DOUBLE * q * q + max(_FLOAT * tiles, 2 * _DOUBLE * q * q) + _PACKED,
+        host=0,
+        float32=float32,
+        float64=q**3 / 3,
+        entries=entries + _CONDITION * q * q,
     )
 
 
-def scores_cost(n: int, m: int, p: int, c: int) -> Cost:
+def scores_cost(n: int, m: int, p: int, c: int, k: int = 0) -> Cost:
     """Give the cost of all scores of an experiment.
 
     Args:
@@ -59,22 +84,29 @@ def scores_cost(n: int, m: int, p: int, c: int) -> Cost:
         m: Targets.
         p: Projected entries.
         c: Checkpoints.
+        k: Examples for each target that ``top_k`` keeps; 0 if all are written.
 
     Returns:
         The cost.
     """
-    q = min(n, p)
-    width = min(m, max(1, TILE // (q * c)))
-    height = min(n, max(1, TILE // max(p, width)))
-    solve = 3 * _DOUBLE * q * q + 2 * _DOUBLE * q * width + _FLOAT * p * width
-    tile = _FLOAT * height * p + 3 * _FLOAT * height * width
+    q, is_dual = min(n, p), n <= p
+    width = min(m, score_width(p, c))
+    rights = c * (n if is_dual else p) * width * _FLOAT
+    part = min(width, max(1, TILE // p))
+    solved = part * q * (_FLOAT + 2 * _DOUBLE)
+    if is_dual:
+        solved = max(solved, part * (p + 2 * n) * _FLOAT)
+    kernel = _DOUBLE * q * q
+    height = min(n, score_height(p, width))
+    tile = (2 * height * width + (0 if is_dual else height * p)) * _FLOAT
+    packing = _PACKING * height * width if k else 0
     tiles = -(-m // width)
     return Cost(
-        device=c * _FLOAT * q * width + max(solve, tile),
-        host=2 * height * p,
+        device=rights + max(3 * kernel, kernel + solved, tile + packing) + _PACKED,
+        host=_KEPT * m * k,
         float32=2.0 * n * m * p * c,
-        float64=c * (tiles * (q**3 / 3 + 200.0 * q * q) + 2.0 * q * q * m),
-        entries=float(tiles) * n * p * c + n * m,
+        float64=c * (tiles * q**3 / 3 + 2.0 * q * q * m),
+        entries=float(tiles * n * p * c + 2 * n * m),
     )
 
 
@@ -97,3 +129,12 @@ def whole_cost(n: int, m: int, p: int, c: int) -> Cost:
         float64=0.0,
         entries=float(n * p * c + n * m),
     )
+
+
+def _widest(q: int) -> int:
+    return max((high - low for low, high in panels(q)), default=0)
+
+
+def _triangle(q: int) -> int:
+    """Count the entries of a triangle of panels."""
+    return sum((high - low) * high for low, high in panels(q))
