@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trak._kernels.torch_segments import sparse_segments_into
 from trak._signs import Key, block_sizes, sparse_rotations, sparse_signs
 from trak.errors import OptionError
 from trak.projectors._base import (
@@ -97,6 +98,17 @@ class SparseProjector(AdditiveProjector):
         offset: int,
     ) -> None:
         sparse_into(out, x, key, offset, self._plans)
+
+    def _add_segments(
+        self,
+        out: Float[Tensor, "b p"],
+        x: Float[Tensor, "k w"],
+        examples: Int[Tensor, " k"],
+        positions: Int[Tensor, " k"],
+        key: Key,
+    ) -> None:
+        sizes = self._plans.sizes
+        sparse_segments_into(out, x, examples, positions, key, sizes)
 
 
 def default_projector(
