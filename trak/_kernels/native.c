@@ -70,6 +70,12 @@ struct sparse {
   atomic_long *done; /* super-blocks that are added to each group of rows */
 };
 
+/* What will be read next of some rows, asked for part by part. */
+struct ahead {
+  const char *data;
+  num row_bytes, bytes, part;
+};
+
 /* Segments of a sparse sketch; blocks come in one or two sizes. */
 struct segments {
   const struct task *task;

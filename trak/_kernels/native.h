@@ -112,44 +112,6 @@ INLINE UVEC NAME(flips)(uint32_t bits) {
 #endif
 }
 
-/* Sum chunks of `rows` rows into one block of a sketch. A chunk has `stride` numbers for
-   each row, cyclically continued; an output is summed in a register. */
-INLINE void NAME(gather)(REAL *restrict acc, num acc_stride, const REAL *restrict x,
-                         num stride, num m, num chunks, const uint32_t *restrict bits,
-                         num bits_stride, const uint32_t *restrict rotations,
-                         const int rows) {
-  for (num d = 0; d < m; d += TILE) {
-    VEC sum[ROWS][2] = {};
-    for (num c = 0; c < chunks; c++) {
-      const num turned = d - (num)rotations[c];
-      const REAL *from = x + c * rows * stride + turned + (turned < 0 ? m : 0);
-      const uint32_t w = bits[c * bits_stride + (d >> 5)] >> (d & 31);
-      for (int t = 0; t < 2; t++) {
-        const UVEC flip = NAME(flips)(w >> (t * LANES)) & SIGN;
-        for (int row = 0; row < rows; row++) {
-          const VEC v = *(const AVEC *)(from + row * stride + t * LANES);
-          sum[row][t] += (VEC)((UVEC)v ^ flip);
-        }
-      }
-    }
-    for (int row = 0; row < rows; row++)
-      for (int t = 0; t < 2; t++)
-        *(VEC *)(acc + row * acc_stride + d + t * LANES) += sum[row][t];
-  }
-}
-
-FN void NAME(gather4)(REAL *acc, num acc_stride, const REAL *x, num stride, num m,
-                      num chunks, const uint32_t *bits, num bits_stride,
-                      const uint32_t *rotations) {
-  NAME(gather)(acc, acc_stride, x, stride, m, chunks, bits, bits_stride, rotations, 4);
-}
-
-FN void NAME(gather1)(REAL *acc, num acc_stride, const REAL *x, num stride, num m,
-                      num chunks, const uint32_t *bits, num bits_stride,
-                      const uint32_t *rotations) {
-  NAME(gather)(acc, acc_stride, x, stride, m, chunks, bits, bits_stride, rotations, 1);
-}
-
 /* What a share of a sparse sketch needs. */
 struct NAME(space) {
   uint32_t *words, *bits, *rotations;
@@ -183,22 +145,78 @@ FN void NAME(load_chunk)(REAL *restrict to, const struct sparse *job, num row,
   for (num i = 0; i < TILE; i++) to[m + i] = to[i];
 }
 
-/* Sum chunks first..last of `rows` rows, ROWS or one, into s->acc. */
-FN void NAME(sum_rows)(const struct sparse *job, const struct NAME(space) *s, num row,
-                       int rows, num first, num last) {
+/* Ask for a part of the numbers that the next panel will be loaded from, while there is
+   something to compute. */
+INLINE void NAME(ask)(const struct ahead *ahead, num part, int rows) {
+  const num end = smaller(ahead->bytes, (part + 1) * ahead->part);
+  for (num at = part * ahead->part; at < end; at += 64)
+    for (int row = 0; row < rows; row++)
+      __builtin_prefetch(ahead->data + row * ahead->row_bytes + at, 0, 2);
+}
+
+/* Add `n` chunks of `rows` rows, in s->x from the `at`-th of their super-block on, to
+   one block's sums; an output is summed in a register. */
+INLINE void NAME(gather)(const struct sparse *job, const struct NAME(space) *s,
+                         num block, num at, num n, const int rows,
+                         const struct ahead *ahead) {
+  const num stride = s->stride, m = job->m;
+  const uint32_t *by = s->rotations + block * job->super + at;
+  const uint32_t *bits = s->bits + (block * job->super + at) * s->bits_stride;
+  REAL *restrict acc = s->acc + block * stride;
+  num part = block * (stride / TILE);
+  for (num d = 0; d < m; d += TILE) {
+    VEC sum[ROWS][2] = {};
+    NAME(ask)(ahead, part++, rows);
+    for (num c = 0; c < n; c++) {
+      const num turned = d - (num)by[c];
+      const REAL *from = s->x + c * rows * stride + turned + (turned < 0 ? m : 0);
+      const uint32_t w = bits[c * s->bits_stride + (d >> 5)] >> (d & 31);
+      for (int t = 0; t < 2; t++) {
+        const UVEC flip = NAME(flips)(w >> (t * LANES)) & SIGN;
+        for (int row = 0; row < rows; row++) {
+          const VEC v = *(const AVEC *)(from + row * stride + t * LANES);
+          sum[row][t] += (VEC)((UVEC)v ^ flip);
+        }
+      }
+    }
+    for (int row = 0; row < rows; row++)
+      for (int t = 0; t < 2; t++)
+        *(VEC *)(acc + row * job->blocks * stride + d + t * LANES) += sum[row][t];
+  }
+}
+
+/* Sum chunks first..last of `rows` rows into s->acc. */
+INLINE void NAME(sum_rows)(const struct sparse *job, const struct NAME(space) *s,
+                           num row, const int rows, num first, num last) {
+  const struct grads *g = &job->grads;
+  const num parts = job->blocks * (s->stride / TILE);
   memset(s->acc, 0, sizeof(REAL) * (size_t)(rows * job->blocks * s->stride));
   for (num c = first; c < last; c += job->panel) {
     const num n = smaller(job->panel, last - c);
+    const num next = (c + n) * job->m - job->offset;
+    const num ahead_n = smaller(larger(0, job->k - next), job->panel * job->m);
+    const struct ahead ahead = {
+        .data = g->data + row * g->row_bytes + next * g->bytes,
+        .row_bytes = g->row_bytes,
+        .bytes = g->step == 1 ? ahead_n * g->bytes : 0,
+        .part = (ahead_n * g->bytes / parts + 64) / 64 * 64,
+    };
     for (num i = 0; i < n; i++)
       for (int j = 0; j < rows; j++)
         NAME(load_chunk)(s->x + (i * rows + j) * s->stride, job, row + j, c + i);
-    for (num r = 0; r < job->blocks; r++) {
-      const num at = r * job->super + c - first;
-      (rows == ROWS ? NAME(gather4) : NAME(gather1))(
-          s->acc + r * s->stride, job->blocks * s->stride, s->x, s->stride, job->m, n,
-          s->bits + at * s->bits_stride, s->bits_stride, s->rotations + at);
-    }
+    for (num r = 0; r < job->blocks; r++)
+      NAME(gather)(job, s, r, c - first, n, rows, &ahead);
   }
+}
+
+FN void NAME(sum_four)(const struct sparse *job, const struct NAME(space) *s, num row,
+                       num first, num last) {
+  NAME(sum_rows)(job, s, row, ROWS, first, last);
+}
+
+FN void NAME(sum_one)(const struct sparse *job, const struct NAME(space) *s, num row,
+                      num first, num last) {
+  NAME(sum_rows)(job, s, row, 1, first, last);
 }
 
 /* Add s->acc to the outputs of `rows` rows. */
@@ -235,7 +253,7 @@ FN void NAME(sparse_share)(void *argument, char *memory, num index, num count) {
       }
     for (num row = 0, group = 0; row < job->b; group++) {
       const int rows = job->b - row < ROWS ? 1 : ROWS;
-      NAME(sum_rows)(job, &s, row, rows, first, last);
+      (rows == ROWS ? NAME(sum_four) : NAME(sum_one))(job, &s, row, first, last);
       await(&job->done[group], turn);
       NAME(add_rows)(job, &s, row, rows);
       atomic_store_explicit(&job->done[group], turn + 1, memory_order_release);
