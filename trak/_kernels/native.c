@@ -1,8 +1,7 @@
 /* Sketches of gradients on the CPU: the same numbers as trak._signs, added up faster.
 
    Plain C behind a C interface, without the headers of Python or PyTorch; native.py loads
-   it with ctypes. native.h has the kernels, native_dense.h those of the dense projection;
-   here is what they share, the choice between their copies, and the threads.
+   it with ctypes. native.h has the kernels; here is what they share, the choice between their copies, and the threads.
    docs/projections.md states the random numbers to the bit. */
 
 #include <pthread.h>
@@ -12,6 +11,10 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
 
 #define INTERFACE 1
 #define EXPORT __attribute__((visibility("default")))
@@ -114,6 +117,7 @@ struct share {
 #define SUPER_CHUNKS 32
 #define SMALL_CHUNKS 4 /* so few chunks are scattered, not gathered */
 #define ENTRIES 512    /* signed sums of 64 coordinates */
+#define FIELDS 3       /* parts of 16 signs, each of which chooses a sum */
 #define SUMMED 16384   /* coordinates summed before they are added to out */
 #define DENSE_ROWS 64  /* rows that share a drawing of the signs */
 #define DENSE_SHARE 64 /* outputs that are worth a table */

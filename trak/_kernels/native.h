@@ -2,7 +2,8 @@
    native_variants.h, which defines
 
    REAL, WORD  a floating-point type, and the unsigned integer of its size;
-   LANES       numbers in a vector register;
+   VECTOR      bytes of a vector register;
+   MULTIPLY    a product of the low halves of 64-bit words, by a constant;
    TARGET      a function attribute that names the instruction set;
    SHIFTS      whether that shifts every lane by its own amount;
    NAME(x)     a name of this inclusion.
@@ -10,14 +11,19 @@
    The order in which numbers are added depends neither on LANES nor on the number of
    threads, so all inclusions for one REAL return the same bits. */
 
-typedef REAL NAME(vec) __attribute__((vector_size(LANES * sizeof(REAL))));
-typedef WORD NAME(uvec) __attribute__((vector_size(LANES * sizeof(REAL))));
+typedef REAL NAME(vec) __attribute__((vector_size(VECTOR)));
+typedef WORD NAME(uvec) __attribute__((vector_size(VECTOR)));
 /* The same, at any address. */
-typedef REAL NAME(avec) __attribute__((vector_size(LANES * sizeof(REAL)),
-                                       aligned(sizeof(REAL)), may_alias));
+typedef REAL NAME(avec) __attribute__((vector_size(VECTOR), aligned(sizeof(REAL)),
+                                       may_alias));
 #define VEC NAME(vec)
 #define UVEC NAME(uvec)
 #define AVEC NAME(avec)
+typedef uint64_t NAME(draws) __attribute__((vector_size(VECTOR)));
+typedef uint16_t NAME(halves) __attribute__((vector_size(VECTOR), may_alias));
+#define DRAW NAME(draws)
+#define HALF NAME(halves)
+#define LANES (VECTOR / (int)sizeof(REAL)) /* numbers in a vector register */
 #define BITS (8 * (int)sizeof(WORD))
 #define SIGN ((WORD)1 << (BITS - 1))
 #define FN static TARGET
@@ -47,19 +53,24 @@ FN void NAME(load)(REAL *restrict to, const struct grads *g, num row, num first,
 #undef CONVERT
 }
 
-/* Encrypt DRAWS counters at once, in loops that compilers vectorise. */
-FN void NAME(philox)(uint32_t c[4][DRAWS], struct key key) {
-  for (int round = 0; round < 7; round++) {
-    for (int i = 0; i < DRAWS; i++) {
-      const uint64_t first = (uint64_t)c[0][i] * 0xD2511F53u;
-      const uint64_t second = (uint64_t)c[2][i] * 0xCD9E8D57u;
-      c[0][i] = (uint32_t)(second >> 32) ^ c[1][i] ^ key.low;
-      c[1][i] = (uint32_t)second;
-      c[2][i] = (uint32_t)(first >> 32) ^ c[3][i] ^ key.high;
-      c[3][i] = (uint32_t)first;
+/* Encrypt DRAWS counters at once, each word in the low half of a 64-bit one. */
+FN void NAME(philox)(uint64_t c[4][DRAWS], uint32_t words[4][DRAWS], struct key key) {
+  for (int i = 0; i < DRAWS; i += VECTOR / 8) {
+    DRAW c0 = *(DRAW *)(c[0] + i), c1 = *(DRAW *)(c[1] + i);
+    DRAW c2 = *(DRAW *)(c[2] + i), c3 = *(DRAW *)(c[3] + i);
+    uint32_t low = key.low, high = key.high;
+    for (int round = 0; round < 7; round++) {
+      const DRAW first = MULTIPLY(c0, 0xD2511F53u), second = MULTIPLY(c2, 0xCD9E8D57u);
+      c0 = (second >> 32) ^ c1 ^ (uint64_t)low;
+      c2 = (first >> 32) ^ c3 ^ (uint64_t)high;
+      c1 = second; /* what is in the high halves is never looked at */
+      c3 = first;
+      low += 0x9E3779B9u;
+      high += 0xBB67AE85u;
     }
-    key.low += 0x9E3779B9u;
-    key.high += 0xBB67AE85u;
+    const DRAW all[4] = {c0, c1, c2, c3};
+    for (int w = 0; w < 4; w++)
+      for (int n = 0; n < VECTOR / 8; n++) words[w][i + n] = (uint32_t)all[w][n];
   }
 }
 
@@ -67,7 +78,8 @@ FN void NAME(philox)(uint32_t c[4][DRAWS], struct key key) {
    block; `words` has room for DRAWS draws more than that. */
 FN struct plan NAME(draw)(uint32_t *restrict words, const struct sparse *job, num start,
                           num stop) {
-  uint32_t c[4][DRAWS] __attribute__((aligned(64)));
+  uint64_t c[4][DRAWS] __attribute__((aligned(64)));
+  uint32_t drawn[4][DRAWS] __attribute__((aligned(64)));
   const num first = start / 128, first_chunk = start / job->m / 4;
   struct plan plan = {
       .words = words,
@@ -82,10 +94,10 @@ FN struct plan NAME(draw)(uint32_t *restrict words, const struct sparse *job, nu
   for (num done = 0; done < total; done += DRAWS) {
     for (int i = 0; i < DRAWS; i++) {
       const num index = draw + (domain == SPARSE_SIGN ? first : first_chunk);
-      c[0][i] = (uint32_t)index;
-      c[1][i] = (uint32_t)(index >> 32);
-      c[2][i] = (uint32_t)(job->first + block);
-      c[3][i] = (uint32_t)domain;
+      c[0][i] = (uint64_t)index;
+      c[1][i] = (uint64_t)index >> 32;
+      c[2][i] = (uint64_t)(job->first + block);
+      c[3][i] = (uint64_t)domain;
       if (++draw < (domain == SPARSE_SIGN ? plan.sign_draws : plan.rotation_draws))
         continue;
       draw = 0;
@@ -93,9 +105,9 @@ FN struct plan NAME(draw)(uint32_t *restrict words, const struct sparse *job, nu
       block = 0;
       domain = SPARSE_ROTATION;
     }
-    NAME(philox)(c, job->key);
+    NAME(philox)(c, drawn, job->key);
     for (int i = 0; i < DRAWS; i++)
-      for (int w = 0; w < 4; w++) words[(done + i) * 4 + w] = c[w][i];
+      for (int w = 0; w < 4; w++) words[(done + i) * 4 + w] = drawn[w][i];
   }
   return plan;
 }
@@ -357,22 +369,75 @@ FN int NAME(sparse_segments)(struct segments *all, num threads) {
 /* The dense projection, by the method of four Russians: sums of a few coordinates under
    all signs are made once and looked up for every output. Rows are in the lanes. */
 
-#define SPLIT LANES
-#define DENSE(x) JOIN(NAME(wide), x)
-#include "native_dense.h"
-#undef SPLIT
-#undef DENSE
+/* All signs of 2 numbers, of 3, and of two such groups. */
+INLINE void NAME(two)(VEC *t, VEC a, VEC b) {
+  t[0] = a + b;
+  t[1] = b - a;
+  t[2] = a - b;
+  t[3] = -t[0];
+}
 
-#define SPLIT (16 / (int)sizeof(REAL))
-#define DENSE(x) JOIN(NAME(narrow), x)
-#include "native_dense.h"
-#undef SPLIT
-#undef DENSE
+INLINE void NAME(three)(VEC *t, VEC a, VEC b, VEC c) {
+  NAME(two)(t + 4, a, b);
+  for (int i = 0; i < 4; i++) {
+    t[i] = t[4 + i] + c;
+    t[4 + i] -= c;
+  }
+}
+
+INLINE void NAME(pairs)(VEC *t, const VEC *a, int na, const VEC *b, int nb) {
+  for (int j = 0; j < nb; j++)
+    for (int i = 0; i < na; i++) t[j * na + i] = a[i] + b[j];
+}
+
+/* Make the tables of 64 coordinates of the rows in the lanes. For each 16 of them, whose
+   signs are 2**16: a table of 6 coordinates, or 64 sums, and two of 5. */
+FN void NAME(build)(VEC *restrict t, const REAL *restrict x) {
+  for (int q = 0; q < 4; q++, t += 128, x += 16) {
+    VEC c[16], a[8], b[8];
+    for (int f = 0; f < 16; f++) {
+      VEC v = {};
+      for (int lane = 0; lane < LANES; lane++) v[lane] = x[lane * 128 + f];
+      c[f] = v;
+    }
+    NAME(three)(a, c[0], c[1], c[2]);
+    NAME(three)(b, c[3], c[4], c[5]);
+    NAME(pairs)(t, a, 8, b, 8);
+    for (int f = 6; f < 16; f += 5) {
+      NAME(two)(a, c[f], c[f + 1]);
+      NAME(three)(b, c[f + 2], c[f + 3], c[f + 4]);
+      NAME(pairs)(t + (f == 6 ? 64 : 96), a, 4, b, 8);
+    }
+  }
+}
+
+/* Add 128 coordinates of the rows in the lanes to outputs 0..width. */
+FN void NAME(look_up)(REAL *restrict sums, const REAL *restrict x,
+                      REAL *restrict tables, const uint16_t *restrict offsets,
+                      num width) {
+  for (int half = 0; half < 2; half++) {
+    NAME(build)((VEC *)tables, x + 64 * half);
+    VEC *restrict acc = (VEC *)sums;
+    const uint16_t *at = offsets + half * 2 * FIELDS * 2 * DRAWS;
+    for (num j = 0; j < width; j += DRAWS, at += 4 * FIELDS * 2 * DRAWS)
+      for (int i = 0; i < DRAWS; i++, acc++) {
+        VEC part[4];
+        for (int q = 0; q < 4; q++) {
+          const REAL *table = tables + 128 * q * LANES;
+          const uint16_t *field = at + (q / 2 * FIELDS * DRAWS + i) * 2 + q % 2;
+          part[q] = *(const VEC *)(table + field[0]) +
+                    *(const VEC *)(table + 64 * LANES + field[2 * DRAWS]) +
+                    *(const VEC *)(table + 96 * LANES + field[4 * DRAWS]);
+        }
+        *acc += (part[0] + part[1]) + (part[2] + part[3]);
+      }
+  }
+}
 
 /* What a share of a dense sketch needs. */
 struct NAME(room) {
-  uint64_t *words; /* 64 signs of each output, and 64 more */
-  REAL *x;         /* 128 coordinates of the rows in the lanes */
+  uint16_t *offsets; /* where each output's sums are in the tables */
+  REAL *x;           /* 128 coordinates of the rows in the lanes */
   REAL *tables, *acc;
   num width; /* outputs, in whole draws */
   num bytes;
@@ -381,29 +446,35 @@ struct NAME(room) {
 static struct NAME(room) NAME(rooms)(num rows, num outputs, char *memory) {
   struct NAME(room) s = {.width = (outputs + DRAWS - 1) / DRAWS * DRAWS};
   const num lanes = (rows + LANES - 1) / LANES * LANES, real = sizeof(REAL);
-  s.words = take(memory, &s.bytes, 16 * s.width);
+  s.offsets = take(memory, &s.bytes, 2 * 8 * FIELDS * s.width);
   s.x = take(memory, &s.bytes, real * LANES * 128);
   s.tables = take(memory, &s.bytes, real * LANES * ENTRIES);
-  s.acc = take(memory, &s.bytes, real * lanes * outputs);
+  s.acc = take(memory, &s.bytes, real * lanes * s.width);
   return s;
 }
 
-/* Draw the signs of 128 coordinates for outputs low and on. */
+/* Draw the signs of 128 coordinates for outputs low and on, as offsets into tables. */
 FN void NAME(draw_dense)(const struct NAME(room) *s, const struct dense *job, num draw,
                          num low) {
-  uint32_t c[4][DRAWS] __attribute__((aligned(64)));
+  static const uint16_t first[FIELDS] = {0, 6, 11}, mask[FIELDS] = {63, 31, 31};
+  uint64_t c[4][DRAWS] __attribute__((aligned(64)));
+  uint32_t drawn[4][DRAWS] __attribute__((aligned(64)));
+  HALF *to = (HALF *)s->offsets;
   for (num j = 0; j < s->width; j += DRAWS) {
     for (int i = 0; i < DRAWS; i++) {
-      c[0][i] = (uint32_t)draw;
-      c[1][i] = (uint32_t)(draw >> 32);
-      c[2][i] = (uint32_t)(low + j + i);
+      c[0][i] = (uint64_t)draw;
+      c[1][i] = (uint64_t)draw >> 32;
+      c[2][i] = (uint64_t)(low + j + i);
       c[3][i] = DENSE_SIGN;
     }
-    NAME(philox)(c, job->key);
-    for (int half = 0; half < 2; half++)
-      for (int i = 0; i < DRAWS; i++)
-        s->words[half * s->width + j + i] =
-            c[2 * half][i] | (uint64_t)c[2 * half + 1][i] << 32;
+    NAME(philox)(c, drawn, job->key);
+    for (int w = 0; w < 4; w++)
+      for (int field = 0; field < FIELDS; field++)
+        for (int i = 0; i < DRAWS * 4 / VECTOR; i++) {
+          HALF entry = ((const HALF *)drawn[w])[i] >> first[field];
+          entry &= mask[field];
+          *to++ = entry * (uint16_t)LANES;
+        }
   }
 }
 
@@ -412,8 +483,8 @@ FN void NAME(draw_dense)(const struct NAME(room) *s, const struct dense *job, nu
 FN void NAME(dense_piece)(const struct dense *job, const struct NAME(room) *s,
                           const num *rows, num n, num position, num start, num stop,
                           num low, num high) {
-  const num outputs = high - low, narrow = 16 / (num)sizeof(REAL);
-  memset(s->acc, 0, sizeof(REAL) * (size_t)((n + LANES - 1) / LANES * LANES * outputs));
+  const num outputs = high - low;
+  memset(s->acc, 0, sizeof(REAL) * (size_t)((n + LANES - 1) / LANES * LANES * s->width));
   for (num draw = start / 128; draw * 128 < stop; draw++) {
     const num begin = larger(start, draw * 128), end = smaller(stop, draw * 128 + 128);
     NAME(draw_dense)(s, job, draw, low);
@@ -423,16 +494,15 @@ FN void NAME(dense_piece)(const struct dense *job, const struct NAME(room) *s,
       for (num i = 0; i < count; i++)
         NAME(load)(s->x + i * 128 + begin - draw * 128, &job->grads, rows[g + i],
                    begin - position, end - begin);
-      (count > narrow ? JOIN(NAME(wide), look_up) : JOIN(NAME(narrow), look_up))(
-          s->acc + g * outputs, s->x, s->tables, s->words, s->width, outputs);
+      NAME(look_up)(s->acc + g * s->width, s->x, s->tables, s->offsets, s->width);
     }
   }
   for (num i = 0; i < n; i++) {
-    const num g = i / LANES * LANES, lanes = n - g > narrow ? LANES : narrow;
+    const num g = i / LANES * LANES;
     const num to = job->examples ? job->examples[rows[i]] : rows[i];
     REAL *restrict out = (REAL *)job->out + to * job->out_stride + low;
-    const REAL *restrict acc = s->acc + g * outputs + (i - g);
-    for (num j = 0; j < outputs; j++) out[j] += acc[j * lanes];
+    const REAL *restrict acc = s->acc + g * s->width + (i - g);
+    for (num j = 0; j < outputs; j++) out[j] += acc[j * LANES];
   }
 }
 
