@@ -16,7 +16,9 @@
 #include <immintrin.h>
 #endif
 
-#define INTERFACE 1
+#ifndef SOURCES
+#define SOURCES 0 /* the digest of what this is compiled from; setup.py defines it */
+#endif
 #define EXPORT __attribute__((visibility("default")))
 
 typedef int64_t num;
@@ -296,9 +298,9 @@ EXPORT num trak_best_variant(void) {
   return PORTABLE;
 }
 
-EXPORT num trak_interface(void) { return INTERFACE; }
+EXPORT uint64_t trak_sources(void) { return SOURCES; }
 
-/* These return 0, or 1 where memory ran out; then nothing was added. */
+/* These return 0, or 1 where memory ran out; then the sketch is not complete. */
 
 EXPORT num trak_sparse(const struct task *task) {
   struct sparse jobs[2];
