@@ -77,7 +77,7 @@ def unavailable(device: torch.device) -> str | None:
     """
     if device.type != "cpu":
         return f"they run on the CPU, not on {device.type}"
-    loaded = _load(Path(__file__).with_name(_LIBRARY))
+    loaded = _load(Path(__file__).parent / _LIBRARY)
     return loaded if isinstance(loaded, str) else None
 
 
@@ -281,7 +281,7 @@ def _library() -> ctypes.CDLL:
     Raises:
         BackendError: If it cannot be loaded.
     """
-    loaded = _load(Path(__file__).with_name(_LIBRARY))
+    loaded = _load(Path(__file__).parent / _LIBRARY)
     if isinstance(loaded, str):
         raise BackendError(f"the native kernels cannot run: {loaded}")
     return loaded
