@@ -8,12 +8,15 @@ import torch
 from tests.problems import assert_scores, draw
 from trak._linalg import (
     Kernel,
+    add_product,
     damp,
     decode_half,
     encode_half,
+    is_finite,
     mean_eigenvalue,
     product,
     pseudo_inverse,
+    scale_rows,
     spans,
 )
 from trak.errors import SingularKernelError
@@ -140,3 +143,55 @@ def test_products_are_exact_where_fast_ones_were_asked_for(newer: bool) -> None:
         torch.set_float32_matmul_precision(before)
     expected = left.double() @ left.double().T
     torch.testing.assert_close(exact.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_products_are_added(wide: torch.dtype, narrow: bool) -> None:
+    left, right, total = draw(3, 5), draw(5, 2, seed=1), draw(3, 2, seed=2)
+    found = total.to(wide, copy=True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium" if narrow else "highest")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            add_product(found, left.float(), right.T.contiguous().T.float())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(
+        found, (total + left @ right).to(wide), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_sums_that_overflow_are_not_mistaken_for_entries_that_did() -> None:
+    assert is_finite(torch.full((2, 2), 3e38))
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        assert not is_finite(torch.tensor([[1.0, bad]]))
+    assert is_finite(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("kernel", [0.0, 0.5, "pinv"])
+def test_roots_of_inverses(kernel: float | str) -> None:
+    x = draw(9, 4)
+    gram = x.T @ x
+    fitted = pseudo_inverse(gram) if kernel == "pinv" else damp(gram, kernel)
+    root = fitted.root()
+    torch.testing.assert_close(root @ root.T, fitted.solve(torch.eye(4).double()))
+    if kernel != "pinv":
+        assert torch.equal(root, root.triu())
+
+
+def test_conditions_near_the_bound_are_looked_at_closely() -> None:
+    # The trace says 16 * 4e4, times rounding below 1; the ridge of 1e-4 is 1e-8 of it.
+    kernel = torch.eye(4).double() * 1e4
+    assert damp(kernel, 1e-4).condition == pytest.approx(1.0)
+    kernel[0, 0] = 0
+    with pytest.raises(SingularKernelError, match=r"condition number is 1.0e\+08"):
+        damp(kernel, 1e-4)
+
+
+@pytest.mark.parametrize("exponent", [-149, -127, -60, 0, 60, 127, 128])
+def test_rows_are_scaled_by_powers_of_two(exponent: int) -> None:
+    rows = draw(3, 5).float() * 2.0 ** (-exponent // 2)
+    expected = torch.ldexp(rows.double(), torch.tensor(exponent)).float()
+    scale_rows(rows, torch.full((3,), exponent))
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0)

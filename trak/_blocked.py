@@ -6,7 +6,8 @@ Rows come through readers and results leave as blocks: no files, and no damping 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -32,6 +33,9 @@ from trak._memory import (
 )
 from trak._streaming import over_rows
 
+KEPT = 1 << 30
+"""Bytes of factors that are kept when targets are too many to be solved for at once."""
+
 
 @dataclass(frozen=True, slots=True)
 class Side:
@@ -44,8 +48,7 @@ class Side:
     """Reads projected target gradients."""
 
     kernel: Callable[[], Kernel] | None
-    """Factors the damped Gram matrix of the training gradients, anew at each call: kept
-    for every checkpoint at once, the factors might not fit into memory."""
+    """Factors the damped Gram matrix of the training gradients, anew at each call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +93,8 @@ def score_blocks(
     """Compute the scores in rectangles, summing the checkpoints inside each.
 
     Every kernel is factored once for all targets whose solutions fit into a gigabyte
-    (65,536 at ``p=4096`` for one checkpoint), and every row is read once for them.
+    (65,536 at ``p=4096`` for one checkpoint), and every row is read once for them. If
+    there are more targets, factors of up to a gigabyte are kept for the others.
 
     Args:
         sides: The checkpoints.
@@ -106,6 +110,8 @@ def score_blocks(
     """
     unit = 4 * max(shape.p, 1) * max(len(sides), 1)
     width = affordable(score_width(shape.p, len(sides)), unit, shape.device)
+    if width < shape.m:
+        sides = _remembering(sides, shape)
     start = 0
     while start < shape.m:
         stop = min(start + width, shape.m)
@@ -116,6 +122,19 @@ def score_blocks(
             continue
         yield from _columns(sides, parts, scale, shape, (start, stop))
         start = stop
+
+
+def _remembering(sides: Sequence[Side], shape: Shape) -> Sequence[Side]:
+    """Keep the factors for further targets, if they take no more room than solutions."""
+    size = 8 * min(shape.n, shape.p) ** 2
+    if affordable(len(sides), size, shape.device) < len(sides):
+        return sides
+    if size * len(sides) > KEPT:
+        return sides
+    return [
+        replace(side, kernel=None if side.kernel is None else cache(side.kernel))
+        for side in sides
+    ]
 
 
 def _columns(
@@ -232,7 +251,7 @@ def squared_lengths(
     for low, high in panels(root.shape[1]):
         used = high if is_triangular else len(root)
         part = product(rows[:, :used], root[:used, low:high])
-        total += part.square_().sum(dim=1, dtype=torch.float64)
+        total += part.square_().sum(dim=1)
     return total
 
 

@@ -123,8 +123,8 @@ def _as_tensor(array: Any) -> Tensor:
     if isinstance(array, Tensor):
         return array
     array = np.asarray(array)
-    if not (array.flags.writeable and array.flags.c_contiguous):
-        array = np.array(array)  # as from_numpy needs them
+    if not array.flags.writeable or min(array.strides) < 0:
+        array = np.array(array, order="C")  # from_numpy does not take the others
     return torch.from_numpy(array)
 
 

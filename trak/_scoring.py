@@ -349,7 +349,7 @@ class Scoring:
             largest: Whether the most helpful, or the most harmful.
 
         Returns:
-            Scores and indices, best first.
+            Scores and indices, best first; of equal scores the lower index first.
         """
         finished: list[TopK] = []
         columns: tuple[int, int] | None = None

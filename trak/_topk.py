@@ -161,7 +161,8 @@ def pack(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         (array([-2.,  1.,  1.], dtype=float32), array([1, 2, 0]))
     """
     bits = (values + np.float32(0)).view(np.int32)  # and no negative zero
-    return (_flipped(bits).astype(np.int64) << 32) | (LAST - rows)
+    keys: np.ndarray = (_flipped(bits).astype(np.int64) << 32) | (LAST - rows)
+    return keys
 
 
 def unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -171,8 +172,7 @@ def unpack(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         The values and the rows.
     """
     values: np.ndarray = _flipped((keys >> 32).astype(np.int32)).view(np.float32)
-    rows: np.ndarray = LAST - (keys & LAST)
-    return values, rows
+    return values, LAST - (keys & LAST)
 
 
 def _flipped(bits: np.ndarray) -> np.ndarray:
