@@ -32,7 +32,7 @@ from trak.gradient_computers._ladder import (
     unwrapped,
 )
 from trak.gradient_computers._layouts import EXPANDED, Layout
-from trak.gradient_computers._proof import EXAMPLES, unrest, prove
+from trak.gradient_computers._proof import EXAMPLES, prove, unrest
 from trak.gradient_computers._remaining import (
     has_batched_form,
     loop_gradients,
