@@ -15,9 +15,9 @@ from torch import Tensor
 from trak._batches import batch_size as size_of
 from trak._batches import canonical, check_device, row_leaves
 from trak._estimate_table import Estimate, Stage
-from trak._featurizing import Pipeline
 from trak._finalizing import FeatureReport
 from trak._options import parse_options, positive
+from trak._pipeline import Pipeline
 from trak._probes import (
     Activations,
     BatchTime,
@@ -31,7 +31,7 @@ from trak._score_costs import Cost, finalize_cost, scores_cost, whole_cost
 from trak._seams import Parts, build_parts, store_metadata
 from trak._types import Batch, GradWrt
 from trak.errors import BatchError
-from trak.gradient_computers import FunctionalGradientComputer
+from trak.gradient_computers import HookGradientComputer
 from trak.savers import AbstractSaver, MmapSaver, StoreSizes, store_sizes
 from trak.score_computers import as_blocked, describe
 
@@ -85,7 +85,7 @@ def estimate(
     use_half_precision: bool = True,
     grad_wrt: GradWrt | None = None,
     device: str | torch.device | None = None,
-    gradient_computer: Any = FunctionalGradientComputer,
+    gradient_computer: Any = HookGradientComputer,
     projector: Any = None,
     score_computer: Any = None,
     lambda_reg: float | str = "auto",

@@ -19,8 +19,9 @@ from trak._batches import (
     row_leaves,
     take,
 )
-from trak._featurizing import Pipeline, store_batch
+from trak._featurizing import store_batch
 from trak._linalg import product
+from trak._pipeline import Pipeline
 from trak._seams import has_batched_form
 from trak._types import Batch
 from trak.modelout_functions import AbstractModelOutput
