@@ -110,11 +110,13 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("computer", COMPUTERS, ids=["default", "vmap", "loop"])
 @pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("computer", COMPUTERS, ids=["default", "vmap", "loop"])
 def test_rows_of_narrow_models(
     name: str, computer: Any, tmp_path: Path, exact: tuple[Tensor, Tensor]
 ) -> None:
+    if name == "autocast" and computer is FunctionalGradientComputer:
+        pytest.skip("torch.func has no layer norm under autocast (torch 2.13)")
     dtype, context, tolerance = NARROW[name]
     options = {} if computer is None else {"gradient_computer": computer}
     rows, scores = attribute(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Iterable
@@ -26,12 +25,13 @@ from trak._probes import (
     measure_batch,
     measure_projection,
     measure_rates,
+    untouched,
 )
 from trak._score_costs import Cost, finalize_cost, scores_cost, whole_cost
-from trak._seams import Parts, build_parts, store_metadata
+from trak._seams import Parts, another_computer, build_parts, store_metadata
 from trak._types import Batch, GradWrt
 from trak.errors import BatchError
-from trak.gradient_computers import HookGradientComputer
+from trak.gradient_computers import HookGradientComputer, working_bytes
 from trak.savers import AbstractSaver, MmapSaver, StoreSizes, store_sizes
 from trak.score_computers import as_blocked, describe
 
@@ -170,7 +170,8 @@ def estimate_parts(
         b=positive("batch_size", found or 32 if batch_size is None else batch_size),
         k=min(positive("k", k), parts.options.train_set_size),
     )
-    measured = _measure(parts, sizes, batch, found or 0)
+    with untouched(parts.gradient_computer.model):
+        measured = _measure(parts, sizes, batch, found or 0)
     has_files = saver is None or isinstance(saver, MmapSaver)
     files = _files(parts, sizes) if has_files else StoreSizes(0, 0, 0, 0)
     finalize, scores, top_k = _score_costs(parts, sizes)
@@ -208,26 +209,18 @@ class Measured:
     batch: BatchTime
     """For a batch, from examples to rows."""
 
-    activations: Activations
-    """Nothing, where no batch was given."""
-
     batch_bytes: int
     """The batch itself."""
+
+    gradient_bytes: int
+    """Activations and gradients."""
 
 
 def _measure(parts: Parts, sizes: Sizes, batch: Batch | None, found: int) -> Measured:
     device, d = parts.options.device, parts.options.selection.grad_dim
     rates = measure_rates(torch.device(getattr(parts.score_computer, "device", device)))
-    if batch is None:
-        used = sum(
-            value.numel() for value in parts.gradient_computer.model.parameters()
-        )
-        seconds = 6.0 * used * sizes.b / rates.float32  # forward 2, backward 4
-        seconds += measure_projection(parts.projector, d, sizes.b, device) or 0.0
-        return Measured(rates, BatchTime(seconds, seconds), Activations(0, 0), 0)
-    computer = copy.copy(parts.gradient_computer)
     pipeline = Pipeline(
-        computer,
+        another_computer(parts),
         parts.projector,
         parts.options.selection,
         0,
@@ -236,15 +229,32 @@ def _measure(parts: Parts, sizes: Sizes, batch: Batch | None, found: int) -> Mea
         "training example",
         weighted=True,
     )
+    if batch is None:
+        used = sum(
+            value.numel() for value in parts.gradient_computer.model.parameters()
+        )
+        seconds = 6.0 * used * sizes.b / rates.float32  # forward 2, backward 4
+        seconds += measure_projection(parts.projector, d, sizes.b, device) or 0.0
+        gradients = _gradient_bytes(pipeline, sizes.b, Activations(0, 0))
+        return Measured(rates, BatchTime(seconds, seconds), 0, gradients)
     half = parts.options.use_half_precision
     timed = measure_batch(pipeline, batch, found, device, half=half)
     share = sizes.b / found
+    model = pipeline.computer.model
+    activations = measure_activations(model, parts.task, batch, found)
     return Measured(
         rates,
         BatchTime(timed.first * share, timed.others * share),
-        measure_activations(computer.model, parts.task, batch, found),
         int(_bytes(row_leaves(batch)) * share),
+        _gradient_bytes(pipeline, sizes.b, activations),
     )
+
+
+def _gradient_bytes(pipeline: Pipeline, b: int, activations: Activations) -> int:
+    projector: Any = pipeline.projector
+    block = projector.block_bytes if pipeline.streams else 0
+    found = working_bytes(pipeline.computer, b, activations.each, block)
+    return found + activations.fixed
 
 
 def _rows_stage(
@@ -252,9 +262,7 @@ def _rows_stage(
 ) -> Stage:
     b, p = min(sizes.b, rows), parts.proj_dim
     model = _model_bytes(parts)
-    activations = measured.activations
-    device = model + 2 * measured.batch_bytes + activations.fixed
-    device += parts.gradient_computer.working_bytes(b, activations.each)
+    device = model + 2 * measured.batch_bytes + measured.gradient_bytes
     device += parts.projector.working_bytes(b)
     host = ROW_BYTES * b * p
     batches = math.ceil(rows / sizes.b)

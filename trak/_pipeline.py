@@ -111,7 +111,7 @@ class Pipeline:
         """
         # An engine that streams knows the model's output after the gradients; for the
         # others the weights come first, as they check the labels.
-        if self.weighted and not self._streams:
+        if self.weighted and not self.streams:
             weights = self.out_to_loss(batch, size)
             return self.rows(batch, size), weights
         rows = self.rows(batch, size)
@@ -130,7 +130,7 @@ class Pipeline:
         Raises:
             GradientError: If gradients or projections do not have the right shape.
         """
-        if isinstance(self.projector, AdditiveProjector) and self._streams:
+        if isinstance(self.projector, AdditiveProjector) and self.streams:
             return self._streamed(batch, size, self.projector) / self.scale
         blocks = getattr(self.computer, "per_sample_grad_blocks", None)
         whole = self.computer.compute_per_sample_grad
@@ -168,7 +168,7 @@ class Pipeline:
         return rows.float()
 
     @property
-    def _streams(self) -> bool:
+    def streams(self) -> bool:
         """Whether gradients can go to the projector piece by piece."""
         projector = self.projector
         return (

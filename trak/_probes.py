@@ -149,8 +149,8 @@ def measure_projection(
 def untouched(model: torch.nn.Module) -> Iterator[None]:
     """Put a model in evaluation mode, and everything back afterwards.
 
-    Modes, buffers, gradients, ``requires_grad`` and the states of the generators are
-    restored, on an error too.
+    Modes, buffers and the states of torch's generators are restored, on an error too.
+    What the functions below do with the model changes nothing else.
 
     Args:
         model: The model.
@@ -177,7 +177,8 @@ def measure_batch(
     """Featurize a batch into arrays that are thrown away, twice.
 
     Args:
-        pipeline: What computes; its computer is loaded with the model anew.
+        pipeline: What computes; its computer is loaded with the model anew, which is in
+            evaluation mode.
         batch: The examples, canonical.
         size: Their number.
         device: Where they are.
@@ -191,16 +192,15 @@ def measure_batch(
     store = {"grads": np.empty((size, p), np.float16 if half else np.float32)}
     if half:
         store["grads_exponent"] = np.empty((size, 1), np.int16)
-    with untouched(computer.model):
-        computer.load_model_params(computer.model)
+    computer.load_model_params(computer.model)
 
-        def featurize() -> None:
-            digests = row_digests(batch)
-            store_batch(pipeline, store, None, batch, inds, digests, skip=True)
+    def featurize() -> None:
+        digests = row_digests(batch)
+        store_batch(pipeline, store, None, batch, inds, digests, skip=True)
 
-        first = repeat(featurize, device, 0.0)
-        others = first if first > LONG else repeat(featurize, device, 0.0)
-        return BatchTime(max(first, others), others)
+    first = repeat(featurize, device, 0.0)
+    others = first if first > LONG else repeat(featurize, device, 0.0)
+    return BatchTime(max(first, others), others)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +220,7 @@ def measure_activations(
     """Run one example forward, then two, and count what is kept.
 
     Args:
-        model: The model.
+        model: The model, in evaluation mode.
         task: What is differentiated.
         batch: The examples, canonical; the first two are taken.
         size: Their number.
@@ -228,11 +228,10 @@ def measure_activations(
     Returns:
         The bytes, without parameters and buffers.
     """
-    with untouched(model):
-        one = _kept(model, task, take(batch, slice(0, 1)))
-        if size < 2 or not has_batched_form(task):
-            return Activations(0, one)
-        two = _kept(model, task, take(batch, slice(0, 2)))
+    one = _kept(model, task, take(batch, slice(0, 1)))
+    if size < 2 or not has_batched_form(task):
+        return Activations(0, one)
+    two = _kept(model, task, take(batch, slice(0, 2)))
     each = min(max(two - one, 0), one)
     return Activations(one - each, each)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,9 @@ class Parts:
     gradient_computer: AbstractGradientComputer
     """Computes them."""
 
+    computer_class: Any
+    """What that was built from; None for an instance that was given."""
+
     score_computer: AbstractScoreComputer
     """Computes features and scores."""
 
@@ -70,8 +74,23 @@ def build_parts(
         built,
         built.proj_dim or options.selection.grad_dim,
         build_gradient_computer(gradient_computer, model, resolved, options),
+        gradient_computer if isinstance(gradient_computer, type) else None,
         build_score_computer(score_computer, options, logging_level),
         logging_level,
+    )
+
+
+def another_computer(parts: Parts) -> AbstractGradientComputer:
+    """Build the gradient computer once more, or copy the instance that was given.
+
+    Returns:
+        One whose use leaves the other as it is.
+    """
+    computer = parts.gradient_computer
+    if parts.computer_class is None:
+        return copy.copy(computer)
+    return build_gradient_computer(
+        parts.computer_class, computer.model, parts.task, parts.options
     )
 
 

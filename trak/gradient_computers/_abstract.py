@@ -85,19 +85,6 @@ class AbstractGradientComputer(ABC):
         """
         yield self.compute_per_sample_grad(batch=batch)
 
-    def working_bytes(self, batch_size: int, activations: int = 0) -> int:
-        """Estimate the most bytes that a batch needs at once; here, by gradients alone.
-
-        Args:
-            batch_size: Number of examples, ``b``.
-            activations: Bytes that one example's forward pass keeps for its backward
-                pass.
-
-        Returns:
-            The bytes, without parameters and sketches.
-        """
-        return batch_size * (4 * (self.grad_dim or 0) + activations)
-
 
 class SelectiveGradientComputer(AbstractGradientComputer):
     """A gradient computer of selected parameters, with bounded memory.
@@ -140,20 +127,3 @@ class SelectiveGradientComputer(AbstractGradientComputer):
         rows = max(1, self.max_block_bytes // (4 * self.selection.grad_dim))
         for low, high in spans(batch_size(batch), rows):
             yield self.compute_per_sample_grad(batch=take(batch, slice(low, high)))
-
-    def working_bytes(self, batch_size: int, activations: int = 0) -> int:
-        """Estimate the most bytes that a batch needs at once.
-
-        Args:
-            batch_size: Number of examples, ``b``.
-            activations: Bytes that one example's forward pass keeps for its backward
-                pass.
-
-        Returns:
-            The bytes, without parameters and sketches: a block of gradients, and the
-            one before it.
-        """
-        each = 4 * self.selection.grad_dim
-        rows = min(batch_size, max(1, self.max_block_bytes // each))
-        blocks = min(2, -(-batch_size // rows))
-        return rows * (blocks * each + activations)

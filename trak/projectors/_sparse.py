@@ -93,6 +93,23 @@ class SparseProjector(AdditiveProjector):
         """Drop the cached signs and rotations; `project` draws them again."""
         self._plans.clear()
 
+    def working_bytes(self, batch_size: int) -> int:
+        """Estimate the most bytes that projecting a batch needs: result, cache, piece.
+
+        Args:
+            batch_size: Number of examples, ``b``.
+
+        Returns:
+            The bytes, without the gradients.
+        """
+        result = super().working_bytes(batch_size)
+        if self.running_backend() is not Backend.torch:
+            return result
+        rows = min(batch_size, _ROWS.get(self.device.type, _ROWS_ELSEWHERE))
+        plans = 8 * self.nonzeros * self.grad_dim  # a source and a sign for each
+        piece = 4 * rows * min(self.grad_dim, max(_PIECE, self.proj_dim))
+        return 2 * result + min(plans, _CACHE_BYTES) + piece
+
     def _law(self) -> str:
         return f"{ProjectionType.sparse.value} nonzeros={self.nonzeros}"
 
