@@ -44,10 +44,13 @@ READ_RATE = 5e8
 FLUSH_SECONDS = 3e-3
 """Seconds until a batch's rows are safe against a crash, on a local disk."""
 
+FILES_SECONDS = 3e-2
+"""Seconds that opening, checking and replacing files takes at each stage."""
+
 HASH_RATE = 5e8
 """Bytes a second at which a checkpoint is loaded, checked and hashed."""
 
-ROW_BYTES = 14
+ROW_BYTES = 10
 """Bytes for each entry of a batch's rows, between projection and store."""
 
 
@@ -264,7 +267,7 @@ def _rows_stage(
     model = _model_bytes(parts)
     device = model + 2 * measured.batch_bytes + measured.gradient_bytes
     device += parts.projector.working_bytes(b)
-    host = ROW_BYTES * b * p
+    host = ROW_BYTES * b * p + model  # as a state dict, to load
     batches = math.ceil(rows / sizes.b)
     seconds = measured.batch.total(rows / sizes.b) + batches * FLUSH_SECONDS
     seconds = sizes.c * (seconds + model / HASH_RATE) + disk / WRITE_RATE
@@ -278,6 +281,7 @@ def _score_stage(
         cost.float32 / measured.rates.float32
         + cost.float64 / measured.rates.float64
         + cost.entries / READ_RATE
+        + FILES_SECONDS
     )
     device = _model_bytes(parts) + cost.device
     return _stage(parts, disk, device, cost.host, times * seconds + disk / WRITE_RATE)

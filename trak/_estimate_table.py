@@ -13,8 +13,9 @@ class Stage:
     """Bytes that it adds to the store."""
 
     ram: int
-    """Most bytes of main memory at once: the model, if it is there, and what the stage
-    makes; without Python and PyTorch themselves, and without the cache of files."""
+    """Most bytes of main memory at once: the model, if it is there, a checkpoint to load,
+    and what the stage makes; without Python and PyTorch themselves, and without the cache
+    of files."""
 
     gpu: int
     """Most bytes at once on the model's device, the model included; 0 where that is the

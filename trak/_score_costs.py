@@ -62,13 +62,15 @@ def finalize_cost(n: int, p: int) -> Cost:
         float32 = 2.0 * n * _triangle(p)
         entries = n * p + n / height * _triangle(p)
     else:
-        tiles = 2 * height * p + height * height
+        tiles = min(2 * height, n) * p + height * height
         blocks = [*spans(n, height)]
         whole = sum((high - low) * low for low, high in blocks)
         float32 = 2.0 * p * (whole + sum(_triangle(hi - lo) for lo, hi in blocks))
         entries = n * p * (len(blocks) + 1) / 2 + p / height * q * q / 2
     return Cost(
-        device=_DOUBLE * q * q + max(_FLOAT * tiles, 2 * _DOUBLE * q * q) + _PACKED,
+        device=_DOUBLE * q * q
+        + max(_FLOAT * tiles, 2 * _DOUBLE * q * q)
+        + min(_PACKED, _FLOAT * height * p),
         host=0,
         float32=float32,
         float64=q**3 / 3,
@@ -102,7 +104,9 @@ def scores_cost(n: int, m: int, p: int, c: int, k: int = 0) -> Cost:
     packing = _PACKING * height * width if k else 0
     tiles = -(-m // width)
     return Cost(
-        device=rights + max(3 * kernel, kernel + solved, tile + packing) + _PACKED,
+        device=rights
+        + max(3 * kernel, kernel + solved, tile + packing)
+        + min(_PACKED, _FLOAT * p * width),
         host=_KEPT * m * k,
         float32=2.0 * n * m * p * c,
         float64=c * (tiles * q**3 / 3 + 2.0 * q * q * m),
