@@ -49,7 +49,7 @@ class ConvRule(LayerRule):
     def bytes_per_example(
         self, module: Any, inputs: Tensor, output_grad: Tensor
     ) -> int:
-        """Count the weight's gradient, and the input padded and unfolded."""
+        """Count the weight's gradient, and copies of the arguments."""
         return itemsize(inputs, output_grad) * _weight_grad_entries(
             module.weight, inputs, output_grad
         )
@@ -92,7 +92,7 @@ class ConvTransposeRule(LayerRule):
     def bytes_per_example(
         self, module: Any, inputs: Tensor, output_grad: Tensor
     ) -> int:
-        """Count the weight's gradient, and the output's padded and unfolded."""
+        """Count as :class:`ConvRule` does, with the arguments exchanged."""
         return itemsize(inputs, output_grad) * _weight_grad_entries(
             module.weight, output_grad, inputs
         )
@@ -136,10 +136,14 @@ def _per_dim(module: Any, name: str) -> tuple[int, ...]:
 
 
 def _weight_grad_entries(weight: Tensor, inputs: Tensor, output_grad: Tensor) -> int:
-    """Count what :func:`weight_grads` forms for one example, of whichever way."""
+    """Count what :func:`weight_grads` holds for one example, in its costliest form."""
+    arguments = entries(inputs) + entries(output_grad)
+    if inputs.device.type == "cpu":
+        # oneDNN brings everything into its own layout; the tiles of what is unfolded are
+        # as large for any number of examples.
+        return 2 * (weight.numel() + arguments)
     windows = weight.shape[2:].numel() * output_grad.shape[2:].numel()
-    unfolded = inputs.shape[1] * windows
-    return weight.numel() + unfolded + 2 * entries(inputs) + entries(output_grad)
+    return weight.numel() + 2 * arguments + inputs.shape[1] * windows
 
 
 def weight_grads(
@@ -254,7 +258,7 @@ def convolved(inputs: Tensor, output_grad: Tensor, at: Windows) -> Tensor:
 
 
 TILE_BYTES = 3 << 19
-"""Unfolded windows of one example on the CPU at once: they should stay in its cache.
+"""Unfolded windows on the CPU at once, for each thread: they should stay in its cache.
 
 In 64 to 64 channels, 3x3, 32 pixels: 657 microseconds an example with 0.5 MiB, 647 with
 1 MiB, 703 with 2 MiB, 1441 with whole slices of the batch; in 128 to 128, 16 pixels, 686,
@@ -280,9 +284,10 @@ def unfolded(
     k = windows.shape[1:-dims].numel() // groups
     together, rows = b, first
     if windows.device.type == "cpu":
-        together = min(b, torch.get_num_threads())
         row_bytes = groups * k * inner * windows.itemsize
         rows = min(first, max(1, TILE_BYTES // row_bytes))
+        together = max(torch.get_num_threads(), TILE_BYTES // (row_bytes * first))
+        together = min(b, together)
     buffer = windows.new_empty(together * groups * k * rows * inner)
     grads = windows.new_empty(b, groups, o, k)
     for low, high in spans(b, together):
