@@ -43,6 +43,10 @@ class Plan:
     metadata: Mapping[str, Any]
     """What else the caller says of how they come about."""
 
+    def __post_init__(self) -> None:
+        """Refuse metadata that a bank could not hold, before anything is trained."""
+        as_json(self.metadata)
+
     def jobs(self, index: int = 0, count: int = 1) -> list[Job]:
         """List the retrainings of one shard: those of every ``count``-th subset."""
         s, r = self.seeds.shape

@@ -161,6 +161,11 @@ def as_json(metadata: Mapping[str, Any]) -> str:
     Raises:
         OptionError: If it cannot be written as one and read back the same.
     """
+    if not isinstance(metadata, Mapping):
+        raise OptionError(
+            f"metadata is a {type(metadata).__name__}; pass a dict of names with numbers, "
+            f"strings, lists and dicts."
+        )
     try:
         text = json.dumps(metadata, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:

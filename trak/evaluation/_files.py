@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import zipfile
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -53,18 +53,17 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     Raises:
         StoreCorruptError: If it is no such file, or its contents changed.
     """
-    with path.open("rb") as file:
-        try:
-            return _read_checked(file)
-        except _DAMAGE as error:
-            reason = str(error) or type(error).__name__
-            raise StoreCorruptError(
-                f"{path} is not a file of retrainings, or is damaged ({reason}); move it "
-                f"away."
-            ) from error
+    contents = path.read_bytes()  # what fails below is not the disk
+    try:
+        return _read_checked(io.BytesIO(contents))
+    except _DAMAGE as error:
+        reason = str(error) or type(error).__name__
+        raise StoreCorruptError(
+            f"{path} is not a file of retrainings, or is damaged ({reason}); move it away."
+        ) from error
 
 
-def _read_checked(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_checked(file: io.BytesIO) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         bad = archive.testzip()  # before any array's header is parsed
     if bad is not None:
