@@ -251,10 +251,10 @@ def remove_and_retrain(
     """
     arrays = {name: to_numpy(array) for name, array in scores.items()}
     n, m = _check_methods(arrays)
-    if n_random < 1 or n_repeats < 1 or seed < 0:
+    if min(n_random, n_repeats, n_bootstrap) < 1 or seed < 0:
         raise OptionError(
-            f"n_random={n_random}, n_repeats={n_repeats} and seed={seed}; pass at least "
-            f"1, 1 and 0."
+            f"n_random={n_random}, n_repeats={n_repeats}, n_bootstrap={n_bootstrap} and "
+            f"seed={seed}; pass at least 1, 1, 1 and 0."
         )
     # Each column of random scores removes at random, the smaller sets in the larger.
     arrays[RANDOM] = np.random.default_rng(seed).random((n, n_random))

@@ -123,9 +123,9 @@ def tail_patch_losses(
         batch = target_batch(target)
         with torch.no_grad():
             before[target] = _number(loss(model, batch), f"on target {target}", target)
-        examples = train_batch(row)
-        taught = loss(model, examples)
-        _number(taught, f"on the top examples of target {target}", target)
+        with torch.enable_grad():
+            taught = loss(model, train_batch(row))
+        _check_taught(taught, target)
         with _stepped(model, taught, learning_rate), torch.no_grad():
             after[target] = _number(
                 loss(model, batch),
@@ -169,6 +169,16 @@ def _number(loss: Tensor, where: str, target: int) -> float:
             index=target,
         )
     return value
+
+
+def _check_taught(loss: Tensor, target: int) -> None:
+    where = f"on the top examples of target {target}"
+    _number(loss, where, target)
+    if not loss.requires_grad:
+        raise GradientError(
+            f"loss(model, batch) {where} has no gradient; compute it from the model's "
+            f"output, without detach() or item()."
+        )
 
 
 def _check_model(model: torch.nn.Module) -> None:
