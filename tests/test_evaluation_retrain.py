@@ -292,6 +292,15 @@ def test_damaged_retrainings_are_named(path):
         retrain(path=path)
 
 
+def test_shards_with_other_targets_are_not_put_together(path):
+    with pytest.warns(TrakWarning, match="subsets are retrained"):
+        retrain(path=path, shard=(0, 2))
+    outsider = path.parent / "bank.npz.parts" / parts(path)[0].name
+    np.savez(outsider, outputs=np.zeros(M + 1))
+    with pytest.raises(StoreMismatchError, match=r"outputs on \[3, 4\] targets"):
+        retrain(path=path)
+
+
 def test_diverged_retrainings_are_kept_and_told_of(path):
     def diverging(model):
         return outputs(model) if model[0] < 35 else np.array([1.0, np.nan, 2.0])

@@ -83,13 +83,21 @@ class Archive:
             The plan's retrainings that are done.
 
         Raises:
-            StoreMismatchError: If there are retrainings of another plan.
+            StoreMismatchError: If there are retrainings of another plan, or of other
+                targets.
             StoreCorruptError: If a file is damaged.
         """
         # Parts go only after a bank that has them is there: read in this order, none
         # can be missed.
         parts = self._read_parts()
-        return {**parts, **self._read_bank()}
+        done = {**parts, **self._read_bank()}
+        sizes = sorted({len(outputs) for outputs in done.values()})
+        if len(sizes) > 1:
+            raise StoreMismatchError(
+                f"{self._path} has retrainings with outputs on {sizes} targets; delete "
+                f"those made with other targets, or use another path."
+            )
+        return done
 
     def add(self, job: Job, outputs: Float64[np.ndarray, " m"]) -> None:
         """Store a retraining.
