@@ -20,6 +20,8 @@ from trak.projectors import AdditiveProjector, BasicProjector, SparseProjector
 
 CPU = torch.device("cpu")
 KEY = stream_key(3, 1, "w")
+# A library compiled with sanitizers, by tests/test_native_install.py.
+native._LIBRARY = os.environ.get("TRAK_TEST_LIBRARY") or native._LIBRARY
 ABSENT = native.unavailable(CPU)
 pytestmark = pytest.mark.skipif(ABSENT is not None, reason=str(ABSENT))
 VARIANTS = [] if ABSENT else [v for v in Variant if v <= native.variant()]

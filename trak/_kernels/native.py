@@ -22,7 +22,7 @@ from torch import Tensor
 from trak._signs import Key
 from trak.errors import BackendError
 
-SOURCES: Final = ("native.c", "native.h", "native_variants.h")
+SOURCES: Final = ("native.c", "native.h", "native_dense.h", "native_variants.h")
 """What the library is compiled from; ``setup.py`` puts their digest into it."""
 
 _LIBRARY: Final = "_native.so"
@@ -298,25 +298,19 @@ def _load(path: Path) -> ctypes.CDLL | str:
         )
     try:
         library = ctypes.CDLL(str(path))
-        sources = library.trak_sources
+        library.trak_sources.restype = ctypes.c_uint64
+        current = library.trak_sources() == digest()
     except (OSError, AttributeError) as error:
         return f"{path} cannot be loaded ({error}); install trak again"
-    sources.restype = ctypes.c_uint64
-    if sources() != digest(path.parent):
+    if not current:
         return f"{path} was compiled from other sources; install trak again"
     for name in ("best_variant", "sparse", "sparse_segments", "dense"):
         library[f"trak_{name}"].restype = ctypes.c_int64
     return library
 
 
-def digest(directory: Path) -> int:
-    """Return the digest of the C sources, as ``setup.py`` puts it into the library.
-
-    Args:
-        directory: Where the sources are.
-
-    Returns:
-        The first eight bytes of a BLAKE2b digest, little-endian.
-    """
+def digest() -> int:
+    """Return the digest of the C sources, as ``setup.py`` puts it into the library."""
+    directory = Path(__file__).parent
     content = b"".join((directory / name).read_bytes() for name in SOURCES)
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")

@@ -137,9 +137,6 @@ class AdditiveProjector(AbstractProjector):
 
     by_parameter: ClassVar[bool] = True
 
-    block_bytes: ClassVar[int] = 8 * 2**20
-    """Bytes of gradients that `project_into` does best with at a time, about."""
-
     def __init__(
         self,
         grad_dim: int,
@@ -159,6 +156,11 @@ class AdditiveProjector(AbstractProjector):
         self.backend = parse_backend(backend)
         if self.backend is not Backend.auto:
             self._kernels(self.device)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of gradients that `project_into` does best with at a time, about."""
+        return 8 * 2**20
 
     def running_backend(self, device: str | torch.device | None = None) -> Backend:
         """Tell which back end sums sketches.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 from jaxtyping import Float, Int
@@ -104,8 +104,6 @@ class NoOpProjector(AbstractProjector):
 class _DenseProjector(AdditiveProjector):
     """What the dense projectors share; `outputs` is how many are made at a time."""
 
-    block_bytes: ClassVar[int] = _BLOCK_BYTES
-
     def __init__(
         self,
         grad_dim: int,
@@ -121,6 +119,11 @@ class _DenseProjector(AdditiveProjector):
         law = parse_projection_type(proj_type, _DENSE)
         super().__init__(grad_dim, proj_dim, seed, law, device, dtype, backend=backend)
         self._outputs = min(outputs, proj_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of gradients that `project_into` does best with at a time, about."""
+        return _BLOCK_BYTES
 
     def _law(self) -> str:
         return ProjectionType(self.proj_type).value
