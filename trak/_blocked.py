@@ -145,20 +145,22 @@ def _columns(
     columns: tuple[int, int],
 ) -> Iterator[Block]:
     """Compute all rows of some columns, given the solved targets or their scores."""
-    pairs = list(zip(sides, rights, strict=True))
-    done = [right for side, right in pairs if is_score(side, shape)]
-    todo = [(side, right) for side, right in pairs if not is_score(side, shape)]
-    width = columns[1] - columns[0]
+    (first, solved), *others = zip(sides, rights, strict=True)
 
     def make(low: int, high: int, parts: Iterator[Tensor]) -> Tensor:
-        total = torch.zeros(high - low, width, dtype=torch.float32, device=shape.device)
-        for right in done:
-            total += right[low:high]
-        for (_, right), rows in zip(todo, parts, strict=True):
-            add_product(total, rows, right)
+        if is_score(first, shape):
+            total = solved[low:high].clone()
+        else:
+            total = product(next(parts), solved)
+        for side, right in others:
+            if is_score(side, shape):
+                total += right[low:high]
+            else:
+                add_product(total, next(parts), right)
         return total.mul_(scale[low:high])
 
-    sources = [side.train for side, _ in todo]
+    sources = [side.train for side in sides if not is_score(side, shape)]
+    width = columns[1] - columns[0]
     unit = 4 * max(shape.p + width, 1)
     height = affordable(score_height(shape.p, width), unit, shape.device)
     for low, high, values in over_rows(sources, shape.n, height, make, "the scores"):

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-GROUP = 32
+GROUP = 16
 """Rows of which the best is looked at before any other."""
 
 LAST = 0xFFFFFFFF
@@ -17,7 +17,7 @@ LAST = 0xFFFFFFFF
 class TopK:
     """The k best of every column of a matrix that arrives in blocks of rows.
 
-    Of each 32 rows the best is compared with the k-th best so far, which costs one pass
+    Of each 16 rows the best is compared with the k-th best so far, which costs one pass
     over a block; only what is better is kept, and sorted when there is as much of it as
     there are results. Of equal values the one in the lower row is better.
 
@@ -57,14 +57,29 @@ class TopK:
         if not len(block):
             return
         block = block.float() if self._sign > 0 else -block.float()
-        if self._best.shape[1] < self._k:
+        is_short = len(block) <= self._k and self._best.shape[1] < self._k
+        if is_short or not block.numel():
             rows = np.arange(first_row, first_row + len(block))
             self._append(pack(block.T.contiguous().cpu().numpy(), rows))
-        elif block.numel():
-            bar = torch.from_numpy(unpack(self._best[:, 0])[0])
-            column, row, values = better(block.contiguous(), bar.to(block.device))
+        else:
+            bar = torch.from_numpy(self._bar(block)).to(block.device)
+            column, row, values = better(block.contiguous(), bar)
             if len(column):
                 self._keep(column, pack(values, row + first_row))
+            if self._best.shape[1] < self._k:
+                self._merge()
+
+    def _bar(self, block: Float32[Tensor, "rows m"]) -> np.ndarray:
+        """Give what an entry must be above to be among the best of its column."""
+        if self._best.shape[1] == self._k:
+            known, _ = unpack(self._best[:, 0])
+            return known
+        # None is known yet. What is not among the best of the block is not, anyway.
+        columns = block.T.contiguous().cpu().numpy()
+        kth = columns.shape[1] - self._k
+        least = np.partition(columns, kth, axis=1)[:, kth]
+        below: np.ndarray = np.nextafter(least, np.float32(-np.inf))
+        return below
 
     def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
         self._merge()
@@ -115,19 +130,21 @@ def better(
     whole = rows - rows % GROUP
     peaks = block[:whole].view(-1, GROUP, m).amax(dim=1)
     column, group = _above(peaks, bar)
-    if len(column) * 8 * GROUP > block.numel():  # so many that each entry is looked at
+    if (
+        len(column) * 32 * GROUP > block.numel()
+    ):  # so many that looking at all is quicker
         column, row = _above(block, bar)
     else:
         row = (
             group[:, None] * GROUP + torch.arange(GROUP, device=block.device)
         ).ravel()
         column = column.repeat_interleave(GROUP)
-        chosen = block.view(-1)[row * m + column] > bar[column]
+        chosen = block.take(row * m + column) > bar.take(column)
         column, row = column[chosen], row[chosen]
         late, tail = _above(block[whole:], bar)
         column, order = torch.cat([column, late]).sort(stable=True)
         row = torch.cat([row, tail + whole])[order]
-    values = block.view(-1)[row * m + column]
+    values = block.take(row * m + column)
     return column.cpu().numpy(), row.cpu().numpy(), values.cpu().numpy()
 
 
