@@ -73,6 +73,7 @@ class LayerRule(ABC):
             A parameter's name and its gradients, entries in the parameter's row-major
             order, in float64 if the inputs or the gradient are, else in float32. Shape
             ``(b, w)``. They may share memory with the arguments: read, do not write.
+            Drop them before asking for more, and their memory is used again.
 
         Raises:
             GradientError: If these inputs have no gradients by example.

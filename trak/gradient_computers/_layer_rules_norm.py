@@ -47,12 +47,12 @@ class _FeatureNormRule(LayerRule):
         trailing = len(module.normalized_shape)
         if name == "bias":
             return sum_leading(output_grad, trailing, dtype)
-        scaled = self._normalised(module, inputs, dtype) * output_grad
+        scaled = self._normalised(module, inputs, dtype).mul_(output_grad)
         return sum_leading(scaled, trailing, dtype)
 
     @abstractmethod
     def _normalised(self, module: Any, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the inputs as the layer scales them."""
+        """Return a new tensor: the inputs as the layer scales them."""
 
 
 class LayerNormRule(_FeatureNormRule):
@@ -97,11 +97,11 @@ class _ChannelNormRule(LayerRule):
         if name == "bias":
             return sum_positions(output_grad, dtype)
         normalised = self._normalised(module, inputs.to(dtype))
-        return sum_positions(normalised * output_grad, dtype)
+        return sum_positions(normalised.mul_(output_grad), dtype)
 
     @abstractmethod
     def _normalised(self, module: Any, inputs: Tensor) -> Tensor:
-        """Return the inputs as the layer scales them."""
+        """Return a new tensor: the inputs as the layer scales them."""
 
 
 class GroupNormRule(_ChannelNormRule):
@@ -109,7 +109,7 @@ class GroupNormRule(_ChannelNormRule):
 
     def _normalised(self, module: Any, inputs: Tensor) -> Tensor:
         if len(inputs) == 0:  # PyTorch refuses to normalise nothing
-            return inputs
+            return inputs.clone()
         return F.group_norm(inputs, module.num_groups, None, None, module.eps)
 
 
@@ -139,5 +139,5 @@ def _by_running_statistics(module: Any, inputs: Tensor) -> Tensor:
     shape = (1, -1, *[1] * (inputs.ndim - 2))
     mean = module.running_mean.to(inputs.dtype).reshape(shape)
     variance = module.running_var.to(inputs.dtype).reshape(shape)
-    normalised: Tensor = (inputs - mean) * torch.rsqrt(variance + module.eps)
-    return normalised
+    difference: Tensor = inputs - mean
+    return difference.mul_(torch.rsqrt(variance + module.eps))
