@@ -15,10 +15,10 @@ from trak.projectors import AdditiveProjector, BasicProjector, SparseProjector
 LAWS = ["sparse", "rademacher", "normal"]
 
 
-def additive(law: str, p: int) -> AdditiveProjector:
+def additive(law: str, p: int, backend: str = "auto") -> AdditiveProjector:
     if law == "sparse":
-        return SparseProjector(1000, p)
-    return BasicProjector(1000, p, 0, law, "cpu")
+        return SparseProjector(1000, p, backend=backend)
+    return BasicProjector(1000, p, 0, law, "cpu", backend=backend)
 
 
 def segments(
@@ -41,11 +41,14 @@ def in_full(x: Tensor, examples: Tensor, positions: Tensor, b: int) -> Tensor:
     return full
 
 
+@pytest.mark.parametrize("backend", ["torch", "auto"])
 @pytest.mark.parametrize("law", LAWS)
 @pytest.mark.parametrize("p", [1, 7, 64, 130])
 @pytest.mark.parametrize(("k", "w"), [(0, 5), (1, 1), (3, 1), (20, 16), (30, 300)])
-def test_segments_are_the_gradient_in_full(law: str, p: int, k: int, w: int) -> None:
-    projector = additive(law, p)
+def test_segments_are_the_gradient_in_full(
+    backend: str, law: str, p: int, k: int, w: int
+) -> None:
+    projector = additive(law, p, backend)
     x, examples, positions = segments(4, k, w)
     out = torch.ones(4, p, dtype=torch.float64)
     projector.project_segments_into(out, x, examples, positions, 3, "emb")
@@ -73,7 +76,8 @@ def test_piece_does_not_matter(law: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for entries in (2**19, 100, 1):
         monkeypatch.setattr(torch_segments, "_ENTRIES", entries)
         out = torch.zeros(4, 24, dtype=torch.float64)
-        additive(law, 24).project_segments_into(out, x, examples, positions, 0)
+        projector = additive(law, 24, "torch")
+        projector.project_segments_into(out, x, examples, positions, 0)
         outs.append(out)
     torch.testing.assert_close(outs[0], outs[1], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(outs[0], outs[2], rtol=1e-10, atol=1e-10)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trak._kernels.choice import Backend, Kernels, choose, parse_backend
 from trak._signs import SCHEME, Key, stream_key
 from trak._types import Gradients
 from trak.errors import BatchError, OptionError, UnknownNameError
@@ -111,9 +112,16 @@ class AdditiveProjector(AbstractProjector):
         device: Where the gradients will be; it does not change the entries.
         dtype: float64 to sum float32 gradients in float64; a narrower dtype than
             float32 is accepted and changes nothing.
+        backend: What sums: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``. It
+            changes rounding only.
+
+    Attributes:
+        backend: As given, as a `Backend`; `running_backend` tells which one runs.
 
     Raises:
         OptionError: If a dimension is below 1, or ``dtype`` is not floating-point.
+        UnknownNameError: If there is no back end of that name.
+        BackendError: If one is asked for by name and cannot run.
     """
 
     by_parameter: ClassVar[bool] = True
@@ -129,12 +137,32 @@ class AdditiveProjector(AbstractProjector):
         proj_type: ProjectionType,
         device: str | torch.device,
         dtype: torch.dtype = torch.float32,
+        *,
+        backend: str | Backend = Backend.auto,
     ) -> None:
         check_dimensions(grad_dim, proj_dim)
         if not dtype.is_floating_point:
             raise OptionError(f"dtype must be floating-point, got {dtype}")
         super().__init__(grad_dim, proj_dim, seed, proj_type, device)
         self.dtype = dtype
+        self.backend = parse_backend(backend)
+        if self.backend is not Backend.auto:
+            self._kernels(self.device)
+
+    def running_backend(self, device: str | torch.device | None = None) -> Backend:
+        """Tell which back end sums sketches.
+
+        Args:
+            device: Where the gradients are; None for the projector's device.
+
+        Returns:
+            The back end; never ``auto``.
+
+        Raises:
+            BackendError: If one was asked for by name and cannot run there.
+            UnknownNameError: If the environment variable ``TRAK_BACKEND`` names none.
+        """
+        return self._choose(torch.device(self.device if device is None else device))[0]
 
     def project(self, grads: Gradients, model_id: int) -> Float[Tensor, "b p"]:
         """Project a batch of gradients.
@@ -244,6 +272,14 @@ class AdditiveProjector(AbstractProjector):
             change rounding only.
         """
         return f"{SCHEME}/{self._law()} proj_dim={self.proj_dim} seed={self.seed}"
+
+    def _choose(self, device: torch.device) -> tuple[Backend, Kernels | None]:
+        """Return what sums this projector's sketches on a device."""
+        return choose(self.backend, device)
+
+    def _kernels(self, device: torch.device) -> Kernels | None:
+        """Return the kernels to use on a device; None for torch operations."""
+        return self._choose(device)[1]
 
     @abstractmethod
     def _law(self) -> str:
