@@ -49,7 +49,6 @@ class Engine:
 
     Attributes:
         ladder: The way of each parameter.
-        recording: The model's calls in the last pass.
         max_block_bytes: Gradients that ``vmap`` over the whole model holds at once.
     """
 
@@ -76,7 +75,8 @@ class Engine:
 
     def begin(self) -> None:
         """Forget what was proved: the weights are others now."""
-        self.recording = Recording()
+        self._recording = Recording()
+        self._replays = False
         self._verified: set[tuple[str, Layout]] = set()
         self._functional: dict[tuple[str, ...], FunctionalGradientComputer] = {}
         self._is_checked = False
@@ -105,6 +105,21 @@ class Engine:
             f"{type(task).__name__} gives outputs of {describe_value(outputs)} for a "
             f"batch of {b}; a tensor of shape ({b},) is needed."
         )
+
+    def plain_outputs(self, batch: Batch) -> Tensor:
+        """Compute the outputs of a batch without gradients, and note the model's calls."""
+        self._plain = Recording()
+        with torch.no_grad(), self._plain.of(self.model):
+            return self.outputs(batch)
+
+    def take_recording(self) -> Recording:
+        """Return the model's calls in the last pass, once.
+
+        Empty where a pass with hooks makes the model return more than it does by itself,
+        as copies of a parameter that it returns.
+        """
+        taken, self._recording = self._recording, Recording()
+        return taken if self._replays else self._recording
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the selected parameters by name."""
@@ -235,6 +250,7 @@ class Engine:
         limit = EXAMPLES if self._proofs == 1 else batch_size(batch)
         if prove(self, batch, limit):
             self._is_checked = True
+            self._replays = self._recording.is_like(self._plain)
             if self._last is not None:
                 self._verified |= self._last.used
         else:
@@ -297,7 +313,7 @@ class Engine:
         if tape.findings:
             return None
         self._last = tape
-        self.recording = recording
+        self._recording = recording
         return outputs.detach()
 
     def _remaining(self, names: Iterable[str]) -> FunctionalGradientComputer:

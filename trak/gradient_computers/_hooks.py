@@ -17,7 +17,6 @@ from trak.gradient_computers._abstract import SelectiveGradientComputer
 from trak.gradient_computers._engine import Engine
 from trak.gradient_computers._ladder import Coverage, Rung, describe_slow, unwrapped
 from trak.gradient_computers._remaining import has_batched_form
-from trak.gradient_computers._replay import Recording
 from trak.gradient_computers._sinks import GradientCollector, GradientSink
 
 _LOGGER = logging.getLogger("TRAK")
@@ -132,7 +131,7 @@ class HookGradientComputer(SelectiveGradientComputer):
             The entries of Q (Park et al., 2023, Section 3.4). Shape ``(b, 1)``.
         """
         inner, engine = self._inner, self._made()
-        recording, engine.recording = engine.recording, Recording()
+        recording = engine.take_recording()
         weights = {name: value.detach() for name, value in inner.named_parameters()}
         with torch.no_grad(), recording.replayed(inner):
             return self.modelout_fn.get_out_to_loss_grad(

@@ -46,7 +46,10 @@ class Subject(Protocol):
     modelout_fn: Any
 
     def outputs(self, batch: Batch) -> Tensor:
-        """Compute the outputs of a batch, without hooks."""
+        """Compute the outputs of a batch, in whatever context it is called."""
+
+    def plain_outputs(self, batch: Batch) -> Tensor:
+        """Compute the outputs of a batch without hooks or gradients."""
 
     def parameters(self) -> Mapping[str, Tensor]:
         """Return the selected parameters by name."""
@@ -110,11 +113,11 @@ def _compare(engine: Subject, batch: Batch) -> bool | Tensor:
         Whether the engine agrees; or which examples are finite, if not all are.
     """
     parameters = engine.parameters()
-    with torch.no_grad():
-        plain = engine.outputs(batch)
-        if len(plain) > 1:
+    plain = engine.plain_outputs(batch)
+    if len(plain) > 1:
+        with torch.no_grad():
             alone = engine.outputs(take(batch, slice(0, 1)))
-            check_alone(engine.modelout_fn, alone, plain[0])
+        check_alone(engine.modelout_fn, alone, plain[0])
     weights = check_weights(len(plain)).to(plain.device)
     with differentiable(parameters.values()):
         gradient = differentiate(
