@@ -20,7 +20,7 @@ from trak._types import Batch
 from trak.errors import GradientError, TaskError, TrakError
 from trak.gradient_computers._functional import FunctionalGradientComputer
 from trak.gradient_computers._ladder import HOOKED, Ladder, Rung
-from trak.gradient_computers._layouts import EXPANDED, Layout
+from trak.gradient_computers._layouts import EXPANDED
 from trak.gradient_computers._proof import EXAMPLES, prove, unrest
 from trak.gradient_computers._remaining import (
     has_batched_form,
@@ -30,7 +30,7 @@ from trak.gradient_computers._remaining import (
 from trak.gradient_computers._replay import Recording
 from trak.gradient_computers._self_check import BLAMABLE, is_close
 from trak.gradient_computers._sinks import GradientSink
-from trak.gradient_computers._stations import Station
+from trak.gradient_computers._stations import Station, Use
 from trak.gradient_computers._tape import Tape
 from trak.modelout_functions import AbstractModelOutput
 
@@ -77,7 +77,7 @@ class Engine:
         """Forget what was proved: the weights are others now."""
         self._recording = Recording()
         self._replays = False
-        self._verified: set[tuple[str, Layout]] = set()
+        self._verified: set[Use] = set()
         self._functional: dict[tuple[str, ...], FunctionalGradientComputer] = {}
         self._is_checked = False
         self._last: Tape | None = None
@@ -196,28 +196,38 @@ class Engine:
         Raises:
             GradientError: If there is no slower way.
         """
-        ladder = self.ladder
-        spare = set() if self._last is None else self._last.spare
-        wrong = dict(wrong)
-        for station in ladder.stations:
-            mine = {layout for name, layout in spare if name == station.name}
-            if mine and not wrong.keys().isdisjoint(station.by_rule.values()):
-                station.excluded |= mine
-                for name in station.by_rule.values():
-                    wrong.pop(name, None)
-            for local, name in station.copied.items():
-                if name in wrong and len(station.ranks[local]) > 1:
-                    del station.ranks[local][0]
-                    self._settled.discard(name)
-                    del wrong[name]
+        changed = self._other_arrangements(wrong)
+        wrong = {name: share for name, share in wrong.items() if name not in changed}
         for name, share in wrong.items():
-            if ladder.rungs[name] is Rung.LOOP:
+            if self.ladder.rungs[name] is Rung.LOOP:
                 raise GradientError(
                     f"The gradient of {name!r} differs by {share:.2g} from one computation "
                     f"to the next; is the output of {type(self.modelout_fn).__name__} random?"
                 )
             off = "infinitely" if math.isinf(share) else f"by {share:.2g}"
-            ladder.move_down([name], f"it differs {off} from autograd's gradient")
+            self.ladder.move_down([name], f"it differs {off} from autograd's gradient")
+
+    def _other_arrangements(self, wrong: Mapping[str, float]) -> set[str]:
+        """Change how wrong parameters are served where they are; return those."""
+        changed: set[str] = set()
+        if self._last is None:
+            return changed
+        for station in self.ladder.stations:
+            spare = {it.layout for it in self._last.spare if it.name == station.name}
+            is_wrong = not wrong.keys().isdisjoint(station.by_rule.values())
+            is_view = station.name in self._last.views
+            if is_wrong and is_view and not station.copies_outputs:
+                station.copies_outputs = True
+                changed.update(station.by_rule.values())
+            elif is_wrong and spare:
+                station.excluded |= spare
+                changed.update(station.by_rule.values())
+            for local, name in station.copied.items():
+                if name in wrong and len(station.ranks[local]) > 1:
+                    del station.ranks[local][0]
+                    self._settled.discard(name)
+                    changed.add(name)
+        return changed
 
     # -- passes -----------------------------------------------------------------------
 
@@ -272,7 +282,7 @@ class Engine:
                 computer = self._remaining(rest)
                 values = vmap_gradients(computer, batch, sink, self._prefix)
             except GradientError as error:
-                ladder.move_down(rest, str(error).split("\n", 1)[0])
+                ladder.move_down(rest, shortened(str(error)))
                 return None
             outputs = values if outputs is None else outputs
         rest = ladder.served_by(Rung.LOOP)
@@ -331,15 +341,30 @@ class Engine:
         """Learn from an error in a pass; raise it if the model alone raises it."""
         with torch.no_grad():
             self.outputs(batch)
-        expanded = {name for name, layout in tape.used if layout in EXPANDED}
+        expanded = {use.name for use in tape.used if use.layout in EXPANDED}
         suspects = [it for it in self.ladder.stations if it.name in expanded]
         for station in suspects:
             station.excluded |= EXPANDED
-            reason = f"a copy for each example raises {type(error).__name__}: {error}"
+            reason = f"a copy for each example raises {type(error).__name__}: {shortened(str(error))}"
             self.ladder.move_down(list(station.copied.values()), reason)
         if not suspects:
-            reason = f"{type(error).__name__} in a pass with hooks: {error}"
+            said = shortened(str(error))
+            reason = f"{type(error).__name__} in a pass with hooks: {said}"
             self.ladder.move_down(self.ladder.served_by(*HOOKED), reason)
+
+
+def shortened(message: str) -> str:
+    r"""Take the first sentences of a message, as far as they fit a warning.
+
+    Returns:
+        The message, or its beginning.
+
+    Example:
+        >>> shortened("A first line.\nA second one.")
+        'A first line.'
+    """
+    line = message.split("\n", 1)[0]
+    return line if len(line) <= 160 else line[:157] + "..."
 
 
 class _Nowhere:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Leaves = list[Tensor]
 Rebuild = Callable[[Leaves], Any]
@@ -189,9 +190,10 @@ def _vectorised(
         pulled: dict[str, Tensor] = pull(tuple(grads))[0]
         return pulled
 
-    made: dict[str, Tensor] = torch.func.vmap(
-        one, in_dims=(dims, grad_dims), randomness="different"
-    )(tensors, grads)
+    vectorised = torch.func.vmap(one, in_dims=(dims, grad_dims), randomness="different")
+    # The fused kernels of attention are run example by example under vmap.
+    with sdpa_kernel(SDPBackend.MATH):
+        made: dict[str, Tensor] = vectorised(tensors, grads)
     return made
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import nn
 
@@ -50,6 +51,9 @@ class Station:
     copies_inputs: bool = False
     """Whether its inputs are written to later, and have to be copied."""
 
+    copies_outputs: bool = False
+    """Whether an output that is a view is written to later, and has to be copied."""
+
     loops: bool = False
     """Whether it runs again for one example at a time, as ``vmap`` cannot run it."""
 
@@ -74,6 +78,19 @@ class Station:
             leading = [-1] if len(shape) > 1 and shape[0] == 1 else []
             self.ranks[local] = [*leading, *range(MOST_DIMENSIONS - len(shape))]
         return self.ranks[local]
+
+
+class Use(NamedTuple):
+    """A layout that was read off an output."""
+
+    name: str
+    """The module's name."""
+
+    layout: Layout
+    """The layout."""
+
+    is_several: bool
+    """Whether in a batch of several: with a single example every layout looks right."""
 
 
 @dataclass(slots=True)

@@ -40,7 +40,7 @@ from trak.gradient_computers._module_gradients import (
     output_dims,
 )
 from trak.gradient_computers._sinks import GradientSink
-from trak.gradient_computers._stations import Finding, Station
+from trak.gradient_computers._stations import Finding, Station, Use
 
 
 class Tape:
@@ -53,16 +53,18 @@ class Tape:
 
     Attributes:
         findings: What went wrong; if anything, what the sink got is not complete.
-        used: The layouts that were met, as ``(module's name, layout)``.
+        used: The layouts that were met.
         spare: Those for which another layout fits as well.
+        views: The modules whose output is a view; if it is written to, its hook is lost.
         dtypes: The types of the layers' outputs.
         needs_proof: Whether the pass was given up, to check a layout first.
     """
 
     def __init__(self, stations: Iterable[Station], b: int, sink: GradientSink) -> None:
         self.findings: list[Finding] = []
-        self.used: set[tuple[str, Layout]] = set()
-        self.spare: set[tuple[str, Layout]] = set()
+        self.used: set[Use] = set()
+        self.spare: set[Use] = set()
+        self.views: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
         self.needs_proof = False
         self._stations = list(stations)
@@ -121,8 +123,7 @@ class Tape:
             copies = start(value.expand(self._b, *value.shape[1:]), self._anchor)
             on_gradient(copies, functools.partial(self._take_copies, name))
             station.module._parameters[local] = copies  # type: ignore[assignment]
-            layout = Layout.SHARED if self._b > 1 else Layout.ROWS
-            self.used.add((station.name, layout))
+            self.used.add(Use(station.name, Layout.SHARED, self._b > 1))
 
     def _take_copies(self, name: str, grad: Tensor) -> None:
         self._sink.add(
@@ -162,12 +163,16 @@ class Tape:
             self._fail(station, station.by_rule, reason)
             return output
         layout = layouts[0]
-        self.used.add((station.name, layout))
+        use = Use(station.name, layout, self._b > 1)
+        self.used.add(use)
         if len(layouts) > 1:
-            self.spare.add((station.name, layout))
+            self.spare.add(use)
         if layout in EXPANDED:
             output = by_example(output, layout, self._b).clone()
         self.dtypes.add(output.dtype)
+        if output._is_view():
+            self.views.add(station.name)
+            output = output.clone() if station.copies_outputs else output
         if not output.requires_grad or output.is_leaf:
             output = start(output, self._anchor)
         saved = Saved(given[0], copy=station.copies_inputs)
@@ -188,8 +193,7 @@ class Tape:
             reason = "it returns no tensor with one row for each example"
             self._fail(station, station.by_module, reason)
             return outputs
-        # At a batch of one every arrangement looks right.
-        self.used.add((station.name, Layout.SECOND if self._b > 1 else Layout.ROWS))
+        self.used.add(Use(station.name, Layout.ROWS, self._b > 1))
         for place in tapped:
             self.dtypes.add(leaves[place].dtype)
             if not leaves[place].requires_grad or leaves[place].is_leaf:
