@@ -155,17 +155,14 @@ class Pipeline:
     ) -> Float32[Tensor, "b p"]:
         """Project gradients piece by piece, without ever holding one example's."""
         computer: Any = self.computer
-        sink = ProjectingSink(
-            projector,
-            self.model_id,
-            size,
-            computer.sum_dtype,
-            row_leaves(batch)[0].device,
-        )
-        outputs = computer.stream_per_sample_grads(batch, sink)
-        rows = sink.rows.detach()
-        rows[~torch.isfinite(outputs)] = torch.nan
-        return rows.float()
+        # What is made in inference mode cannot be added to outside of it.
+        with torch.inference_mode(mode=False):
+            device = row_leaves(batch)[0].device
+            dtype = computer.sum_dtype
+            sink = ProjectingSink(projector, self.model_id, size, dtype, device)
+            outputs = computer.stream_per_sample_grads(batch, sink)
+            sink.rows[~torch.isfinite(outputs)] = torch.nan
+        return sink.rows.float()
 
     @property
     def streams(self) -> bool:

@@ -58,11 +58,11 @@ def wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def autocast_of(kind: str) -> contextlib.AbstractContextManager[Any]:
-    """Make a block run under the autocast of now, for a kind of device."""
-    return torch.autocast(
-        kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-    )
+def autocast_of(kind: str) -> Callable[[], contextlib.AbstractContextManager[Any]]:
+    """Note the autocast state of a kind of device, to run a block under it later."""
+    enabled = torch.is_autocast_enabled(kind)
+    dtype = torch.get_autocast_dtype(kind) if enabled else None
+    return lambda: torch.autocast(kind, dtype, enabled)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -20,11 +20,11 @@ class Rung(str, Enum):
     LAYER = "layer rules"
     """A product of a layer's input and its output's gradient."""
 
+    COPIES = "a copy for each example"
+    """A small parameter, broadcast over the batch where its module uses it."""
+
     MODULE = "modules run again"
     """``vmap`` over a single module, on what it got in the batch."""
-
-    COPIES = "a copy for each example"
-    """A parameter with a leading dimension of 1, expanded over the batch."""
 
     VMAP = "vmap over the whole model"
     """``torch.func``, with respect to the parameters that are left."""
@@ -33,8 +33,11 @@ class Rung(str, Enum):
     """A forward and a backward pass for each example."""
 
 
-HOOKED = frozenset({Rung.LAYER, Rung.MODULE, Rung.COPIES})
+HOOKED = frozenset({Rung.LAYER, Rung.COPIES, Rung.MODULE})
 """What takes part in the one batched pass."""
+
+LARGEST_COPY = 2**15
+"""Entries above which a parameter is not copied for each example."""
 
 LARGEST_SHARE = 0.25
 """Share of the model's parameters above which a module is not run again.
@@ -99,102 +102,109 @@ class Ladder:
         model: The model, in the mode that it will be called in.
         selection: The parameters.
         prefix: What the selection's names have before the model's own.
-        batched: Whether the task has a batched form; else everything is for ``vmap``.
+        reason: Why everything is for ``vmap``; None if it is not.
 
     Attributes:
+        reasons: Why a parameter is not served in one of the faster ways.
         stations: Where a pass has to listen.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        selection: Selection,
-        prefix: str,
-        *,
-        batched: str | None,
+        self, model: nn.Module, selection: Selection, prefix: str, reason: str | None
     ) -> None:
         self.selection = selection
-        self.rungs: dict[str, Rung] = {}
         self.reasons: dict[str, str] = {}
         self.stations: list[Station] = []
-        if batched is not None:
-            self.rungs = dict.fromkeys(selection.names, Rung.VMAP)
-            self.reasons = dict.fromkeys(selection.names, batched)
-            return
+        self._all_stations: dict[str, Station] = {}
         self._total = sum(value.numel() for value in model.parameters())
-        self._by_module: dict[str, Station] = {}
-        for name, owners in _owners(model, selection.names, prefix).items():
-            self._place(name, owners)
+        self._owners = _owners(model, selection.names, prefix)
+        self._ways: dict[str, list[Rung]] = {}
+        for name in selection.names:
+            ways = [] if reason else self._ways_of(name)
+            self._ways[name] = [*ways, Rung.VMAP, Rung.LOOP]
+            if reason:
+                self.reasons[name] = reason
         self._collect()
 
-    def _place(self, name: str, owners: list[_Owner]) -> None:
-        """Find the way of one parameter, which all modules that own it must allow."""
-        ways = [self._way(owner) for owner in owners]
-        blocked = [reason for rung, reason in ways if rung not in HOOKED]
-        rungs = {rung for rung, _ in ways}
-        if not owners or blocked or (Rung.COPIES in rungs and len(owners) > 1):
-            self.rungs[name] = Rung.VMAP
-            self.reasons[name] = next(iter(blocked), "it is shared by several modules")
-            return
-        self.rungs[name] = max(rungs, key=list(Rung).index)
-        for owner, (rung, reason) in zip(owners, ways, strict=True):
-            station = self._station(owner)
-            if rung is Rung.LAYER:
-                station.by_rule[owner.local] = name
-                continue
-            self.reasons[name] = reason
-            served = station.by_module if rung is Rung.MODULE else station.expanded
-            served[owner.local] = name
+    @property
+    def rungs(self) -> dict[str, Rung]:
+        """Which way serves each parameter."""
+        return {name: ways[0] for name, ways in self._ways.items()}
 
-    def _station(self, owner: _Owner) -> Station:
-        rule = rule_for(owner.module)
-        made = Station(
-            owner.name, owner.module, rule if isinstance(rule, LayerRule) else None
-        )
-        return self._by_module.setdefault(owner.name, made)
+    def _ways_of(self, name: str) -> list[Rung]:
+        """List the ways through hooks for a parameter, and note what rules others out."""
+        owners = self._owners[name]
+        ways = []
+        for owner in owners:
+            found, reason = self._ways_at(owner)
+            ways.append(found)
+            if reason:
+                self.reasons[name] = reason
+        if len(owners) == 1:
+            return ways[0]
+        shared = [next((w for w in it if w is not Rung.COPIES), None) for it in ways]
+        if not owners or None in shared:
+            self.reasons.setdefault(name, "no module owns it")
+            return []
+        return [Rung.LAYER if set(shared) == {Rung.LAYER} else Rung.MODULE]
 
-    def _way(self, owner: _Owner) -> tuple[Rung, str]:
+    def _ways_at(self, owner: _Owner) -> tuple[list[Rung], str]:
         module, local = owner.module, owner.local
         kind = type(module).__name__
-        if isinstance(module, nn.MultiheadAttention):
-            return Rung.MODULE, f"{kind} has no layer rule"
+        if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+            return [Rung.MODULE], f"{kind} has no layer rule"
         rule = rule_for(module)
         if isinstance(rule, LayerRule) and local in rule.parameters:
-            return Rung.LAYER, ""
+            return [Rung.LAYER], ""
         reason = rule if isinstance(rule, str) else f"{kind} has another {local}"
+        ways = []
         parameter = module._parameters[local]
-        children = [
-            child
-            for child in module.children()
-            if any(True for _ in child.parameters())
-        ]
-        if not children:
-            return Rung.MODULE, reason
-        if parameter is not None and parameter.ndim > 1 and len(parameter) == 1:
-            return Rung.COPIES, reason
+        if parameter is not None and parameter.numel() <= LARGEST_COPY:
+            ways.append(Rung.COPIES)
         size = sum(value.numel() for value in module.parameters())
-        if size <= LARGEST_SHARE * self._total:
-            return Rung.MODULE, reason
-        return Rung.VMAP, f"{kind} is a large module with a parameter of its own"
+        is_leaf = all(child.numel() == 0 for child in _below(module))
+        if is_leaf or size <= LARGEST_SHARE * self._total:
+            ways.append(Rung.MODULE)
+        if not ways:
+            reason = f"{kind} is a large module with a parameter of its own"
+        return ways, reason
 
     def _collect(self) -> None:
-        """Drop what is not served in a pass any more from the stations."""
-        served = set(self.served_by(*HOOKED))
-        for station in self._by_module.values():
-            for way in (station.by_rule, station.by_module, station.expanded):
-                for local in [key for key, name in way.items() if name not in served]:
-                    del way[local]
-        self.stations = [it for it in self._by_module.values() if it.parameters()]
+        """List what is served in a pass, station by station."""
+        for station in self._all_stations.values():
+            station.clear()
+        for name, ways in self._ways.items():
+            if ways[0] not in HOOKED:
+                continue
+            for owner in self._owners[name]:
+                station = self._station(owner)
+                has_rule = station.rule and owner.local in station.rule.parameters
+                if has_rule and ways[0] is not Rung.COPIES:
+                    station.by_rule[owner.local] = name
+                elif ways[0] is Rung.COPIES:
+                    station.copied[owner.local] = name
+                else:
+                    station.by_module[owner.local] = name
+        every = self._all_stations.values()
+        self.stations = [station for station in every if station.parameters()]
+
+    def _station(self, owner: _Owner) -> Station:
+        if owner.name not in self._all_stations:
+            attention = isinstance(owner.module, nn.MultiheadAttention)
+            rule = None if attention else rule_for(owner.module)
+            known = rule if isinstance(rule, LayerRule) else None
+            made = Station(owner.name, owner.module, known)
+            self._all_stations[owner.name] = made
+        return self._all_stations[owner.name]
 
     def served_by(self, *rungs: Rung) -> list[str]:
         """Return the parameters of some rungs, in the model's order."""
-        return [name for name in self.selection.names if self.rungs[name] in rungs]
+        return [name for name, ways in self._ways.items() if ways[0] in rungs]
 
     def move_down(self, names: Iterable[str], reason: str) -> None:
-        """Serve parameters in the next slower way that differs."""
+        """Serve parameters in their next slower way."""
         for name in names:
-            hooked = self.rungs[name] in HOOKED
-            self.rungs[name] = Rung.VMAP if hooked else Rung.LOOP
+            del self._ways[name][0]
             self.reasons[name] = reason
         self._collect()
 
@@ -202,8 +212,12 @@ class Ladder:
         """Return which way serves each parameter."""
         shapes = zip(self.selection.names, self.selection.shapes, strict=True)
         sizes = {name: math.prod(shape) for name, shape in shapes}
-        rungs = {name: self.rungs[name] for name in sizes}
-        return Coverage(rungs, sizes, dict(self.reasons))
+        return Coverage(self.rungs, sizes, dict(self.reasons))
+
+
+def _below(module: nn.Module) -> Iterator[nn.Parameter]:
+    for child in module.children():
+        yield from child.parameters()
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,24 +276,24 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:
             return model, prefix
 
 
-def describe_moves(moved: dict[str, str], coverage: Coverage) -> str:
-    """Tell which parameters are served in a slower way from now on, and why.
+def describe_slow(coverage: Coverage) -> str:
+    """Tell which parameters no batched pass serves, and why.
 
     Args:
-        moved: The reasons, by parameter.
-        coverage: The ways they are served in.
+        coverage: The way of each parameter.
 
     Returns:
         The text of a warning.
     """
-    reasons: dict[tuple[str, str], list[str]] = {}
-    for name, reason in moved.items():
-        reasons.setdefault((reason, coverage.rungs[name].value), []).append(name)
-    parts = [
-        f"{', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''} "
-        f"by {way} ({reason})"
-        for (reason, way), names in reasons.items()
-    ]
+    groups: dict[tuple[Rung, str], list[str]] = {}
+    for name, rung in coverage.rungs.items():
+        if rung not in HOOKED:
+            reason = coverage.reasons.get(name, "")
+            groups.setdefault((rung, reason), []).append(name)
+    parts = []
+    for (rung, reason), names in groups.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        parts.append(f"{', '.join(names[:3])}{more} by {rung.value} ({reason})")
     return (
         f"Some per-sample gradients cannot be taken from the batched pass, and are "
         f"computed in a slower way with the same result: {'; '.join(parts)}."

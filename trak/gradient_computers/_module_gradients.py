@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Leaves = list[Tensor]
 Rebuild = Callable[[Leaves], Any]
@@ -92,41 +95,79 @@ def _guess_dim(tensor: Tensor, b: int) -> int | None:
     return 1 if tensor.ndim > 2 and tensor.shape[1] == b else None
 
 
-def module_gradients(
-    module: nn.Module,
-    parameters: Mapping[str, Tensor],
-    inputs: tuple[Leaves, Rebuild],
-    input_dims: list[int | None],
-    grads: dict[int, Tensor],
-    grad_dims: list[int],
-    *,
-    vectorise: bool,
-) -> dict[str, Tensor]:
-    """Differentiate a module's output by its parameters, for each example by itself.
+@dataclass(frozen=True, slots=True)
+class ModuleCall:
+    """A call ``module(*args, **kwargs)``, and the gradients of what it returned."""
 
-    Args:
-        module: The module, called as ``module(*args, **kwargs)``.
-        parameters: What to differentiate, by the module's own names.
-        inputs: The tensors in its ``(args, kwargs)``, and how to put others there.
-        input_dims: Their dimensions of examples.
-        grads: Gradients of its outputs, by position in :func:`flatten`'s order.
-        grad_dims: Their dimensions of examples.
-        vectorise: Whether to use ``vmap``; else a loop.
+    inputs: Leaves
+    """The tensors in ``(args, kwargs)``."""
 
-    Returns:
-        Gradients by the module's own names. Shapes ``(b, *shape)``.
-    """
-    places = list(grads)
+    rebuild: Rebuild
+    """Puts others in their places."""
 
-    def outputs(values: Mapping[str, Tensor], tensors: Leaves) -> tuple[Tensor, ...]:
-        args, kwargs = inputs[1](tensors)
-        made = torch.func.functional_call(module, dict(values), args, kwargs)
-        leaves = flatten(made)[0]
-        return tuple(leaves[place] for place in places)
+    input_dims: list[int | None]
+    """Their dimensions of examples."""
 
-    form = _vectorised if vectorise else _looped
-    plain = {name: value.detach() for name, value in parameters.items()}
-    return form(outputs, plain, inputs[0], input_dims, [*grads.values()], grad_dims)
+    grads: dict[int, Tensor]
+    """Gradients of its outputs, by position in :func:`flatten`'s order."""
+
+    grad_dims: dict[int, int]
+    """The dimensions of examples of its outputs, by position."""
+
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    """Makes the autocast state of the call."""
+
+    def gradients(
+        self,
+        module: nn.Module,
+        parameters: Mapping[str, Tensor],
+        rows: slice,
+        *,
+        loops: bool,
+    ) -> dict[str, Tensor]:
+        """Differentiate the outputs by parameters, for some examples each by itself.
+
+        Args:
+            module: The module.
+            parameters: What to differentiate by, by the module's own names.
+            rows: Which examples.
+            loops: Whether to run them one by one; else ``vmap`` does.
+
+        Returns:
+            Gradients by the module's own names. Shapes ``(k, *shape)``.
+        """
+        places = list(self.grads)
+
+        def outputs(
+            values: Mapping[str, Tensor], tensors: Leaves
+        ) -> tuple[Tensor, ...]:
+            args, kwargs = self.rebuild(tensors)
+            made = torch.func.functional_call(module, dict(values), args, kwargs)
+            leaves = flatten(made)[0]
+            return tuple(leaves[place] for place in places)
+
+        form = _looped if loops else _vectorised
+        dims = [self.grad_dims[place] for place in places]
+        plain = {name: value.detach() for name, value in parameters.items()}
+        with self.autocast():
+            return form(
+                outputs,
+                plain,
+                [
+                    x if dim is None else _rows_of(x, dim, rows)
+                    for x, dim in zip(self.inputs, self.input_dims, strict=True)
+                ],
+                self.input_dims,
+                [
+                    _rows_of(g, dim, rows)
+                    for g, dim in zip(self.grads.values(), dims, strict=True)
+                ],
+                dims,
+            )
+
+
+def _rows_of(tensor: Tensor, dim: int, rows: slice) -> Tensor:
+    return tensor.narrow(dim, rows.start, rows.stop - rows.start)
 
 
 def _vectorised(
@@ -149,9 +190,10 @@ def _vectorised(
         pulled: dict[str, Tensor] = pull(tuple(grads))[0]
         return pulled
 
-    made: dict[str, Tensor] = torch.func.vmap(
-        one, in_dims=(dims, grad_dims), randomness="different"
-    )(tensors, grads)
+    vectorised = torch.func.vmap(one, in_dims=(dims, grad_dims), randomness="different")
+    # The fused kernels of attention are run example by example under vmap.
+    with sdpa_kernel(SDPBackend.MATH):
+        made: dict[str, Tensor] = vectorised(tensors, grads)
     return made
 
 

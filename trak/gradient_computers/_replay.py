@@ -44,6 +44,10 @@ class Recording:
     def __init__(self) -> None:
         self._calls: list[_Call] = []
 
+    def is_like(self, other: Recording) -> bool:
+        """Tell whether another recording has outputs of the same shapes."""
+        return _shapes(self._calls) == _shapes(other._calls)
+
     @contextlib.contextmanager
     def of(self, model: nn.Module) -> Iterator[None]:
         """Record the model's calls until the block is left."""
@@ -87,6 +91,10 @@ class Recording:
                 model.forward = forward
             else:
                 del model.forward
+
+
+def _shapes(calls: list[_Call]) -> list[list[torch.Size]]:
+    return [[leaf.shape for leaf in flatten(call.outputs)[0]] for call in calls]
 
 
 def _versions(tree: Any) -> tuple[int, ...]:

@@ -7,9 +7,9 @@ the outputs' gradients are there. Nothing of a pass stays on the model.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,13 +34,13 @@ from trak.gradient_computers._layouts import (
     is_positionwise,
 )
 from trak.gradient_computers._module_gradients import (
+    ModuleCall,
     batch_dims,
     flatten,
-    module_gradients,
     output_dims,
 )
 from trak.gradient_computers._sinks import GradientSink
-from trak.gradient_computers._stations import Finding, Station
+from trak.gradient_computers._stations import Finding, Station, Use
 
 
 class Tape:
@@ -53,21 +53,25 @@ class Tape:
 
     Attributes:
         findings: What went wrong; if anything, what the sink got is not complete.
-        used: The layouts that were met, as ``(module's name, layout)``.
+        used: The layouts that were met.
         spare: Those for which another layout fits as well.
+        views: The modules whose output is a view; if it is written to, its hook is lost.
         dtypes: The types of the layers' outputs.
+        needs_proof: Whether the pass was given up, to check a layout first.
     """
 
     def __init__(self, stations: Iterable[Station], b: int, sink: GradientSink) -> None:
         self.findings: list[Finding] = []
-        self.used: set[tuple[str, Layout]] = set()
-        self.spare: set[tuple[str, Layout]] = set()
+        self.used: set[Use] = set()
+        self.spare: set[Use] = set()
+        self.views: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
+        self.needs_proof = False
         self._stations = list(stations)
         self._b, self._sink = b, sink
-        self._anchor = torch.zeros((), requires_grad=True)
+        self._anchor = torch.zeros((), requires_grad=True, device="cpu")
         self._is_forming = False
-        self._originals: dict[tuple[int, str], Tensor] = {}
+        self._originals: dict[tuple[int, str], nn.Parameter] = {}
 
     @contextlib.contextmanager
     def listening(self, model: nn.Module) -> Iterator[None]:
@@ -91,43 +95,46 @@ class Tape:
 
     def _listen(self, station: Station) -> Iterator[RemovableHandle]:
         module = station.module
-        if station.expanded:
-            before = functools.partial(self._expand_parameters, station)
+        if station.copied:
+            before = functools.partial(self._copy_parameters, station)
             yield module.register_forward_pre_hook(before)
         # First of all hooks, to see the output that others may replace.
         yield module.register_forward_hook(
             functools.partial(self._after, station), prepend=True, with_kwargs=True
         )
-        if station.expanded:
+        if station.copied:
             yield module.register_forward_hook(
                 lambda *_: self._restore(station), always_call=True
             )
 
     # -- forward ----------------------------------------------------------------------
 
-    def _expand_parameters(self, station: Station, *_: Any) -> None:
+    def _copy_parameters(self, station: Station, *_: Any) -> None:
         if self._is_forming or not torch.is_grad_enabled():
             return
-        for local, name in station.expanded.items():
-            value = station.module._parameters[local]
-            if value is None or (id(station), local) in self._originals:
+        for local, name in station.copied.items():
+            original = station.module._parameters[local]
+            if original is None or (id(station), local) in self._originals:
                 continue
-            self._originals[id(station), local] = value
-            copies = start(
-                value.detach().expand(self._b, *value.shape[1:]), self._anchor
-            )
+            self._originals[id(station), local] = original
+            rank, value = station.arrangements(local)[0], original.detach()
+            if rank >= 0:
+                value = value.reshape(1, *[1] * rank, *value.shape)
+            copies = start(value.expand(self._b, *value.shape[1:]), self._anchor)
             on_gradient(copies, functools.partial(self._take_copies, name))
             station.module._parameters[local] = copies  # type: ignore[assignment]
-            self.used.add((station.name, Layout.SHARED))
+            self.used.add(Use(station.name, Layout.SHARED, self._b > 1))
 
     def _take_copies(self, name: str, grad: Tensor) -> None:
-        self._sink.add(name, slice(0, self._b), wide(grad.detach().flatten(1)))
+        self._sink.add(
+            name, slice(0, self._b), wide(grad.detach().reshape(self._b, -1))
+        )
 
     def _restore(self, station: Station) -> None:
-        for local in station.expanded:
+        for local in station.copied:
             original = self._originals.pop((id(station), local), None)
             if original is not None:
-                station.module._parameters[local] = original  # type: ignore[assignment]
+                station.module._parameters[local] = original
 
     def _after(
         self, station: Station, _: nn.Module, args: Any, kwargs: Any, outputs: Any
@@ -156,12 +163,16 @@ class Tape:
             self._fail(station, station.by_rule, reason)
             return output
         layout = layouts[0]
-        self.used.add((station.name, layout))
+        use = Use(station.name, layout, self._b > 1)
+        self.used.add(use)
         if len(layouts) > 1:
-            self.spare.add((station.name, layout))
+            self.spare.add(use)
         if layout in EXPANDED:
             output = by_example(output, layout, self._b).clone()
         self.dtypes.add(output.dtype)
+        if output._is_view():
+            self.views.add(station.name)
+            output = output.clone() if station.copies_outputs else output
         if not output.requires_grad or output.is_leaf:
             output = start(output, self._anchor)
         saved = Saved(given[0], copy=station.copies_inputs)
@@ -182,23 +193,24 @@ class Tape:
             reason = "it returns no tensor with one row for each example"
             self._fail(station, station.by_module, reason)
             return outputs
-        self.used.add((station.name, Layout.ROWS))
+        self.used.add(Use(station.name, Layout.ROWS, self._b > 1))
         for place in tapped:
             self.dtypes.add(leaves[place].dtype)
             if not leaves[place].requires_grad or leaves[place].is_leaf:
                 leaves[place] = start(leaves[place], self._anchor)
         inputs, again = flatten((args, kwargs))
         saved = [Saved(x, copy=station.copies_inputs) for x in inputs]
-        call = _ModuleCall(
-            saved,
-            again,
-            batch_dims(station.module, args, kwargs, self._b),
-            {place: dims[place] or 0 for place in tapped},
-            autocast_of(leaves[tapped[0]].device.type),
+        call = ModuleCall(
+            inputs=[],
+            rebuild=again,
+            input_dims=batch_dims(station.module, args, kwargs, self._b),
+            grads={},
+            grad_dims={place: dims[place] or 0 for place in tapped},
+            autocast=autocast_of(leaves[tapped[0]].device.type),
         )
         torch.autograd.graph.register_multi_grad_hook(
             [leaves[place] for place in tapped],
-            functools.partial(self._rerun, station, call),
+            functools.partial(self._rerun, station, call, saved),
         )
         return rebuild(leaves)
 
@@ -255,47 +267,48 @@ class Tape:
 
     @torch.no_grad()
     def _rerun(
-        self, station: Station, call: _ModuleCall, grads: Iterable[Tensor | None]
+        self,
+        station: Station,
+        call: ModuleCall,
+        saved: list[Saved],
+        grads: Iterable[Tensor | None],
     ) -> None:
-        inputs = [saved.take() for saved in call.inputs]
+        inputs = [it.take() for it in saved]
         tensors = [x for x in inputs if x is not None]
         if len(tensors) < len(inputs):
             self._copy_from_now_on(station)
             return
         along = {
             place: grad
-            for place, grad in zip(call.dims, grads, strict=True)
+            for place, grad in zip(call.grad_dims, grads, strict=True)
             if grad is not None
         }
         if not along:
             return
-        chosen = dict(station.module.named_parameters(remove_duplicate=False))
+        call = dataclasses.replace(call, inputs=tensors, grads=along)
+        every = dict(station.module.named_parameters(remove_duplicate=False))
+        chosen = {local: every[local] for local in station.by_module}
+        size = 4 * sum(value.numel() for value in chosen.values())
+        step = max(1, self._sink.block_bytes // max(1, size))
         self._is_forming = True
         try:
-            with call.autocast:
-                made = module_gradients(
-                    station.module,
-                    {local: chosen[local] for local in station.by_module},
-                    (tensors, call.rebuild),
-                    call.input_dims,
-                    along,
-                    [call.dims[place] for place in along],
-                    vectorise=not station.loops,
+            for low, high in spans(self._b, step):
+                made = call.gradients(
+                    station.module, chosen, slice(low, high), loops=station.loops
                 )
-        except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+                for local, name in station.by_module.items():
+                    rows = wide(made[local].reshape(high - low, -1))
+                    self._sink.add(name, slice(low, high), rows)
+        except (RuntimeError, TypeError, ValueError, LookupError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            if not station.loops:
+            if station.loops:
+                self._fail(station, station.by_module, f"it cannot run again: {error}")
+            else:
                 station.loops = True
                 self.findings.append(Finding(station, ()))
-                return
-            self._fail(station, station.by_module, f"it cannot run again: {error}")
-            return
         finally:
             self._is_forming = False
-        for local, name in station.by_module.items():
-            rows = slice(0, len(made[local]))
-            self._sink.add(name, rows, wide(made[local].flatten(1)))
 
     def _fail(self, station: Station, served: dict[str, str], reason: str) -> None:
         kind = type(station.module).__name__
@@ -306,23 +319,3 @@ class Tape:
     def _copy_from_now_on(self, station: Station) -> None:
         station.copies_inputs = True
         self.findings.append(Finding(station, ()))
-
-
-@dataclass(slots=True)
-class _ModuleCall:
-    """A call of a module, to be made again."""
-
-    inputs: list[Saved]
-    """The tensors it got."""
-
-    rebuild: Any
-    """Puts tensors into ``(args, kwargs)``."""
-
-    input_dims: list[int | None]
-    """Their dimensions of examples."""
-
-    dims: dict[int, int]
-    """The dimension of examples of each output that gradients come for, by place."""
-
-    autocast: contextlib.AbstractContextManager[Any]
-    """The autocast state of the call."""
