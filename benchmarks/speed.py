@@ -3,8 +3,8 @@
 ``python benchmarks/speed.py [--plan quick|default|full] [--theirs PYTHON] [--only ...]``
 makes a process for each library, lets them take turns on the same weights and batches,
 and writes ``speed.json``, ``speed.md``, ``speed.svg`` and ``speed.png``. ``make bench``
-installs both environments first. ``--render FILE --page PAGE`` puts the tables of an
-earlier run into a page instead.
+installs both environments first. ``--render FILE [--page PAGE]`` draws an earlier run
+again, and puts its tables into a page and its picture beside it.
 """
 
 from __future__ import annotations
@@ -95,10 +95,16 @@ def tasks(
     if "project" in only:
         for cell in bench.plan.project:
             yield str(cell), lambda cell=cell: run_project(bench, cell)
+    if "scoring" in only and bench.plan.scoring:
+        sizes = bench.plan.scoring
+        yield f"scoring, n={sizes}", lambda: scoring(bench.plan, bench.directory)
 
 
 def measure(
-    bench: Bench, only: list[str], say: Callable[[str], None]
+    bench: Bench,
+    only: list[str],
+    say: Callable[[str], None],
+    keep: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Run a plan.
 
@@ -106,11 +112,13 @@ def measure(
         bench: Where and how long.
         only: Which parts.
         say: Takes a line about what is going on.
+        keep: Takes what is there after every cell, so that a run can be cut short.
 
     Returns:
         Everything that was found, as plain data.
     """
-    results: dict[str, Any] = {"machine": machine(bench), "cells": [], "scoring": {}}
+    results: dict[str, Any] = {"machine": machine(bench), "failed": []}
+    results |= {"cells": [], "exponents": [], "scoring": {}}
     for line in results["machine"].items():
         say("{}: {}".format(*line))
     begin = time.perf_counter()
@@ -118,18 +126,21 @@ def measure(
         started = time.perf_counter()
         say(title)
         try:
-            cell = run()
+            found = run()
         except WorkerError as error:
             say(f"  failed: {error}")
-            results.setdefault("failed", []).append(f"{title}: {error}")
+            results["failed"].append(f"{title}: {error}")
             continue
-        results["cells"].append(cell)
-        say(f"  {outline(cell)}  [{time.perf_counter() - started:.0f} s]")
-    if "scoring" in only and bench.plan.scoring:
-        say(f"scoring, n = {bench.plan.scoring}")
-        results["scoring"] = scoring(bench.plan, bench.directory)
-    results["exponents"] = all_exponents(results["cells"])
-    results["machine"]["seconds"] = f"{time.perf_counter() - begin:.0f}"
+        if "kind" in found:
+            results["cells"].append(found)
+            results["exponents"] = all_exponents(results["cells"])
+            say(f"  {outline(found)}")
+        else:
+            results["scoring"] = found
+        now = time.perf_counter()
+        say(f"  [{now - started:.0f} s]")
+        results["machine"]["seconds"] = f"{now - begin:.0f}"
+        keep(results)
     return results
 
 
@@ -173,6 +184,7 @@ def main() -> int:
         if given.page:
             page = given.page.read_text(encoding="utf-8")
             given.page.write_text(fill(page, results), encoding="utf-8")
+            plot(results, [given.page.with_name("speed.svg")])
         write(results, given.output)
         return 0
     theirs = None if given.alone else given.theirs
@@ -185,11 +197,15 @@ def main() -> int:
         plan = replace(plan, featurize=kept)
     with tempfile.TemporaryDirectory(prefix="speed-") as directory:
         bench = Bench(sys.executable, theirs, Path(directory), plan, given.show)
-        results = measure(bench, given.only, lambda line: print(line, flush=True))
-    write(results, given.output)
+        results = measure(
+            bench,
+            given.only,
+            lambda line: print(line, flush=True),
+            lambda results: write(results, given.output),
+        )
     print("\n".join(f"\n{text}" for text in sections(results).values() if text))
     print(f"\nWritten to {given.output}/speed.json, .md, .svg and .png")
-    return int(bool(results.get("failed")))
+    return int(bool(results["failed"]))
 
 
 if __name__ == "__main__":

@@ -101,15 +101,31 @@ def resnet18() -> nn.Module:
     )
 
 
+def additive(mask: Tensor) -> Tensor:
+    """Turn 1 and 0 into what is added to attention.
+
+    From any other mask transformers derives this one by looking at its values, which
+    `torch.func.vmap`, and so traker 0.3.2, cannot.
+
+    Args:
+        mask: Shape ``(b, t)``.
+
+    Returns:
+        0 and a large negative number. Shape ``(b, 1, t, t)``.
+    """
+    b, t = mask.shape
+    return ((1.0 - mask) * -1e9)[:, None, None].expand(b, 1, t, t)
+
+
 class Logits(nn.Module):
-    """A model of transformers that returns its logits alone, as traker 0.3.2 needs."""
+    """A classifier of transformers that returns its logits alone, as 0.3.2 needs."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        return self.inner(**inputs).logits
+    def forward(self, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        return self.inner(**inputs, attention_mask=additive(attention_mask)).logits
 
 
 def bert() -> nn.Module:
@@ -123,7 +139,7 @@ def bert() -> nn.Module:
         intermediate_size=1536,
         vocab_size=30522,
         num_labels=2,
-        attn_implementation="eager",  # the others look at values, vmap forbids that
+        attn_implementation="eager",
     )
     return Logits(BertForSequenceClassification(config))
 
@@ -160,9 +176,8 @@ class CausalLanguageModel(nn.Module):
         self.inner = LlamaForCausalLM(config)
 
     def forward(self, ids: Tensor) -> Tensor:
-        # An explicit mask: transformers derives its own from values, vmap forbids that.
-        hidden = torch.full((TOKENS, TOKENS), -1e9, device=ids.device).triu(1)
-        mask = hidden.expand(len(ids), 1, TOKENS, TOKENS)
+        hidden = torch.full((TOKENS, TOKENS), -1e9).triu(1)
+        mask = hidden.expand(len(ids), 1, TOKENS, TOKENS)  # explicit, as `additive`
         return self.inner(input_ids=ids, attention_mask=mask, use_cache=False).logits
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,18 +46,14 @@ class Plan:
     """Seconds of turns for a cell; warming up comes on top."""
 
     cap: float
-    """Longest that one call may be expected to take; what is longer is extrapolated
-    from one block of the projection if it is traker's, and left out if it is ours."""
+    """Longest that one call of traker 0.3.2 may be expected to take, in seconds; what is
+    longer is extrapolated from one block of its projection."""
 
     rounds: int
     """The most rounds of a cell."""
 
     turn: float = 0.1
     """Seconds that a turn should last at least; short calls are repeated."""
-
-    scoring_sizes: dict[str, int] = field(
-        default_factory=lambda: {"p": 2048, "m": 1000, "k": 100}
-    )
 
 
 QUICK = Plan(

@@ -59,7 +59,7 @@ def panel(axes: Any, cells: Sequence[Cell], title: str) -> None:
                 markersize=11 if marker == "|" else 7,
                 markeredgewidth=2 if marker == "|" else 1.5,
                 markerfacecolor=colour if whole else "white",
-                label=None if legend in shown else legend,
+                label="_" if legend in shown else legend,
             )
             shown.add(legend)
             ends.append(value)
@@ -72,14 +72,21 @@ def panel(axes: Any, cells: Sequence[Cell], title: str) -> None:
     axes.set_ylim(len(cells) - 0.4, -0.6)
     axes.set_xscale("log")
     axes.set_xlabel("ms an example (hollow: extrapolated from one block)")
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    place = ("figure fraction", "axes fraction")
+    axes.annotate(title, (0.01, 1.0), xycoords=place, fontsize=11, fontweight="bold")
     axes.grid(axis="x", color="#eeeeee")
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
     axes.legend(
-        loc="lower left", bbox_to_anchor=(0, 1.06), ncols=4, frameon=False, fontsize=9
+        loc="lower right",
+        bbox_to_anchor=(1, 1),
+        ncols=4,
+        frameon=False,
+        fontsize=9,
+        columnspacing=1.2,
     )
 
 

@@ -258,7 +258,7 @@ def exponent_table(found: Iterable[dict[str, Any]]) -> str:
 
 def warnings(results: dict[str, Any]) -> list[str]:
     """Say what a reader of the figures must know."""
-    found = []
+    found = [f"failed: {line}" for line in results.get("failed", [])]
     for cell in results["cells"]:
         where = ", ".join(
             f"{key}={cell[key]}"
@@ -351,10 +351,14 @@ def fill(page: str, results: dict[str, Any]) -> str:
     Returns:
         The page with the tables of the run.
     """
-    texts = sections(results)
+    texts = {
+        **sections(results),
+        "picture": "![Milliseconds an example](speed.svg)",
+    }
 
     def put(match: re.Match[str]) -> str:
-        return f"{match[1]}\n\n{texts[match[2]]}\n\n{match[3]}"
+        text = texts[match[2]] or "Not in this run."
+        return f"{match[1]}\n\n{text}\n\n{match[3]}"
 
     pattern = r"(<!-- speed:(\w+) -->).*?(<!-- end -->)"
     return re.sub(pattern, put, page, flags=re.DOTALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -51,12 +52,14 @@ class Worker:
             text=True,
         )
         self.replies: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def _read(self) -> None:
         for line in self.process.stdout:
             self.replies.put(line)
         self.replies.put("")
+        self.replies.put("")  # for whoever asks once more
 
     def ask(self, do: str, limit: float = 3600.0, **named: Any) -> dict[str, Any]:
         """Ask for something and wait for the reply.
@@ -91,13 +94,15 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        if self.process.poll() is None:
+        with contextlib.suppress(OSError):  # what was not sent cannot be
             self.process.stdin.close()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
+        try:
+            self.process.wait(10)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.reader.join()
+        self.process.stdout.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -153,7 +158,8 @@ def spread(rounds: int, turns: int) -> set[int]:
     Returns:
         Their numbers.
     """
-    return {round((k + 0.5) * rounds / turns - 0.5) for k in range(min(turns, rounds))}
+    turns = min(turns, rounds)
+    return {round((k + 0.5) * rounds / turns - 0.5) for k in range(turns)}
 
 
 def interleave(

@@ -107,6 +107,9 @@ def causal_task() -> Any:
     from trak.modelout_functions import AbstractModelOutput
 
     class Causal(AbstractModelOutput):
+        def __init__(self) -> None:
+            pass
+
         @staticmethod
         def get_output(model: Any, weights: Any, buffers: Any, ids: Any) -> Any:
             ids = ids[None]
@@ -294,8 +297,12 @@ class Worker:
             self.job.floor(1)
         return {**memory.found(), "again": timed(lambda: self.job.floor(1))}
 
-    def open(self, **options: Any) -> dict[str, Any]:
+    def open(self, *, warm: bool = True, **options: Any) -> dict[str, Any]:
         """Make the TRAKer and featurize a first batch, with an eye on memory."""
+        if not warm:
+            with Memory() as memory:
+                self.job.open(**options)
+            return memory.found()
         return self.watched(
             lambda: self.job.open(**options),
             lambda: self.job.featurize(1, in_memory=options.get("in_memory", False)),
