@@ -42,17 +42,17 @@ def median(cell: Cell, name: str, clock: int = 1) -> float:
     return statistics.median(turn[clock] for turn in turns) if turns else math.nan
 
 
-def time_of(cell: Cell, name: str) -> str:
+def time_of(cell: Cell, name: str, clock: int = 1) -> str:
     one = cell["series"].get(name)
     if one is None:
         return "-"
     if not one["turns"]:
         return one["how"].split(":")[0]
-    return NOTE.get(one["how"], "") + number(median(cell, name))
+    return NOTE.get(one["how"], "") + number(median(cell, name, clock))
 
 
-def ratio_of(cell: Cell, name: str) -> str:
-    found = cell["ratios"].get(name, {}).get("wall")
+def ratio_of(cell: Cell, name: str, clock: str = "wall") -> str:
+    found = cell["ratios"].get(name, {}).get(clock)
     if not found:
         return "-"
     text = number(found["median"])
@@ -79,56 +79,58 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 # -- tables ---------------------------------------------------------------------------
 
 
-def featurize_table(cells: Iterable[Cell]) -> str:
-    head = (
-        "model",
-        "`d`",
-        "`b`",
-        "`p`",
-        "threads",
-        "floor, ms",
-        "trak, ms",
-        "trak / floor",
-        "traker, ms",
-        "traker / trak",
-        "MiB: floor",
-        "trak",
-        "traker",
-    )
-    rows = []
-    for cell in cells:
-        half = ", half precision" if cell["half"] else ""
-        rows.append((
-            SUBJECTS[cell["model"]].title + half,
-            f"{cell['d']:,}",
-            str(cell["b"]),
-            str(cell["p"]),
-            str(cell["threads"]),
-            time_of(cell, "floor"),
-            time_of(cell, "ours"),
-            ratio_of(cell, "ours / floor"),
-            time_of(cell, "theirs"),
-            ratio_of(cell, "theirs / ours"),
-            memory_of(cell, "floor"),
-            memory_of(cell, "ours"),
-            memory_of(cell, "theirs"),
-        ))
+def sizes_of(cell: Cell) -> tuple[str, ...]:
+    half = ", half precision" if cell["half"] else ""
+    title = SUBJECTS[cell["model"]].title + half
+    return title, str(cell["b"]), str(cell["p"]), str(cell["threads"])
+
+
+SIZES = ("model", "`b`", "`p`", "threads")
+
+
+def featurize_table(cells: Iterable[Cell], clock: str = "wall") -> str:
+    """Lay out the times of both sides and of the floor, on one of the clocks.
+
+    Returns:
+        Its lines.
+    """
+    times, ratios = ("floor", "ours", "theirs"), ("ours / floor", "theirs / ours")
+    at = 2 if clock == "cpu" else 1
+    rows = [
+        (
+            *sizes_of(cell),
+            *(time_of(cell, name, at) for name in times),
+            *(ratio_of(cell, name, clock) for name in ratios),
+        )
+        for cell in cells
+    ]
+    head = (*SIZES, "floor", "trak", "traker", "trak / floor", "traker / trak")
     return table(head, rows)
 
 
-def store_table(cells: Iterable[Cell]) -> str:
-    head = ("model", "`b`", "`p`", "with a store / floor", "without / floor")
+def memory_table(cells: Iterable[Cell]) -> str:
     rows = [
         (
-            SUBJECTS[cell["model"]].title,
-            str(cell["b"]),
-            str(cell["p"]),
+            *sizes_of(cell),
+            f"{cell['d']:,}",
+            *(memory_of(cell, name) for name in ("floor", "ours", "theirs")),
+        )
+        for cell in cells
+    ]
+    return table((*SIZES, "`d`", "floor", "trak", "traker"), rows)
+
+
+def store_table(cells: Iterable[Cell]) -> str:
+    rows = [
+        (
+            *sizes_of(cell),
             ratio_of(cell, "ours / floor"),
             ratio_of(cell, "ours in memory / floor"),
         )
         for cell in cells
         if "ours in memory" in cell["series"]
     ]
+    head = (*SIZES, "with a store / floor", "without / floor")
     return table(head, rows) if rows else ""
 
 
@@ -297,33 +299,35 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
     """Write every table of a run.
 
     Returns:
-        Markdown by name: ``machine``, ``featurize``, ``store``, ``project``,
-        ``exponents``, ``scoring``, ``warnings``; empty where there is nothing.
+        Markdown by the names in `TITLES`; empty where there is nothing.
     """
     kinds: dict[str, list[Cell]] = defaultdict(list)
     for cell in results["cells"]:
         kinds[cell["kind"]].append(cell)
     machine = "\n".join(f"- {name}: {v}" for name, v in results["machine"].items())
-    featurize = featurize_table(kinds["featurize"]) if kinds["featurize"] else ""
-    project = project_table(kinds["project"]) if kinds["project"] else ""
+    f, p = kinds["featurize"], kinds["project"]
     return {
         "machine": machine,
-        "featurize": f"{featurize}\n\n{FOOTNOTE}" if featurize else "",
-        "store": store_table(kinds["featurize"]),
-        "project": f"{project}\n\n{FOOTNOTE}" if project else "",
-        "exponents": exponent_table(results["exponents"]),
+        "featurize": f"{featurize_table(f)}\n\n{FOOTNOTE}" if f else "",
+        "processor": featurize_table(f, "cpu") if f else "",
+        "memory": memory_table(f) if f else "",
+        "store": store_table(f),
+        "project": f"{project_table(p)}\n\n{FOOTNOTE}" if p else "",
         "scoring": results["scoring"].get("table", ""),
+        "exponents": exponent_table(results["exponents"]),
         "warnings": "\n".join(f"- {line}" for line in warnings(results)),
     }
 
 
 TITLES = {
     "machine": "Machine",
-    "featurize": "Featurize, one example",
+    "featurize": "Featurizing, ms an example",
+    "processor": "Featurizing, ms of processor time an example",
+    "memory": "Featurizing, peak memory in MiB",
     "store": "What the store costs",
     "project": "Projection alone, ms an example",
+    "scoring": "Finalizing and scoring",
     "exponents": "How cost grows",
-    "scoring": "Finalize and score",
     "warnings": "To know",
 }
 

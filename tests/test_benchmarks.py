@@ -337,6 +337,10 @@ def test_a_table_marks_what_is_extrapolated(speed):
     without["series"]["theirs"] = {"how": "does not fit: 9 GiB", "turns": []}
     line = speed.report.featurize_table([without]).splitlines()[2]
     assert "| does not fit |" in line
+    line = speed.report.featurize_table([a_result()], "cpu").splitlines()[2]
+    assert "| 0.909 | 1.82 | ≈ 2,132 |" in line
+    line = speed.report.memory_table([a_result()]).splitlines()[2]
+    assert line.endswith("| 669,706 | 10.0 | 20.0 | 23,456 |")
 
 
 def test_exponents_are_slopes(speed):
@@ -415,7 +419,7 @@ def test_the_smallest_run_of_ours_alone(speed, tmp_path):
     assert "ours sparse auto" in projected["series"]
     speed.main.write(results, tmp_path / "results")
     text = (tmp_path / "results" / "speed.md").read_text(encoding="utf-8")
-    assert "| MLP 784-512-512-10 | 669,706 | 3 | 64 |" in text
+    assert "| MLP 784-512-512-10 | 3 | 64 | 1 |" in text
     assert (tmp_path / "results" / "speed.svg").stat().st_size > 1000
     assert not list(tmp_path.glob("speed-*")), "a store was left behind"
 
