@@ -59,9 +59,11 @@ def panel(axes: Any, cells: Sequence[Cell], title: str) -> None:
                 markersize=11 if marker == "|" else 7,
                 markeredgewidth=2 if marker == "|" else 1.5,
                 markerfacecolor=colour if whole else "white",
-                label="_" if legend in shown else legend,
             )
-            shown.add(legend)
+            if legend not in shown:
+                shown.add(legend)
+                dot = {"color": colour, "markersize": 7, "markeredgewidth": 1.5}
+                axes.plot([], [], marker, label=legend, **dot)
             ends.append(value)
         if ends:
             axes.plot(
@@ -79,7 +81,7 @@ def panel(axes: Any, cells: Sequence[Cell], title: str) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.legend(
         loc="lower right",
         bbox_to_anchor=(1, 1),

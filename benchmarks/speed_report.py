@@ -119,7 +119,7 @@ def exponent_table(found: Iterable[dict[str, Any]]) -> str:
         )
         for one in found
     ]
-    head = ("cost of an example", "along", "from", "exponent")
+    head = ("what", "along", "from", "exponent")
     return table(head, rows) if rows else ""
 
 
@@ -149,7 +149,10 @@ def warnings(results: dict[str, Any]) -> list[str]:
             elif one["note"]:
                 found.append(f"{where}: {name}: {one['note']}")
         if cell["series"] and busy(cell) > 1.2:
-            found.append(f"{where}: other work took {busy(cell) - 1:.0%} of the time.")
+            found.append(
+                f"{where}: wall time was {busy(cell):.1f} times processor time, so "
+                f"other work ran beside it."
+            )
     return found
 
 
