@@ -13,8 +13,11 @@ from trak._memory import TILE, read_height, score_height, score_width
 
 _FLOAT, _DOUBLE = 4, 8
 
+_SIFTING = 8
+"""Bytes for each score of the first block of ``top_k``, to find the best of it; ..."""
+
 _PACKING = 20
-"""Bytes for each score of the first block of ``top_k``, while all are candidates."""
+"""... where all of them are."""
 
 _KEPT = 40
 """Bytes for each result of ``top_k``."""
@@ -22,8 +25,12 @@ _KEPT = 40
 _PACKED = 1 << 23
 """Bytes that a product takes for rearranged pieces of its factors."""
 
-_CONDITION = 60
-"""Passes over a kernel that estimating its condition number takes."""
+_CONDITION = 10
+"""What estimating the condition number of a kernel takes, in passes over it that are as
+slow as those over rows."""
+
+_FACTOR = 3
+"""How much slower a factorisation runs than products; at 2048 rows on two CPU cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +80,7 @@ def finalize_cost(n: int, p: int) -> Cost:
         + min(_PACKED, _FLOAT * height * p),
         host=0,
         float32=float32,
-        float64=q**3 / 3,
+        float64=_FACTOR * q**3 / 3,
         entries=entries + _CONDITION * q * q,
     )
 
@@ -101,7 +108,7 @@ def scores_cost(n: int, m: int, p: int, c: int, k: int = 0) -> Cost:
     kernel = _DOUBLE * q * q
     height = min(n, score_height(p, width))
     tile = (2 * height * width + (0 if is_dual else height * p)) * _FLOAT
-    packing = _PACKING * height * width if k else 0
+    packing = (_PACKING if k >= height else _SIFTING) * height * width if k else 0
     tiles = -(-m // width)
     return Cost(
         device=rights
@@ -109,7 +116,7 @@ def scores_cost(n: int, m: int, p: int, c: int, k: int = 0) -> Cost:
         + min(_PACKED, _FLOAT * p * width),
         host=_KEPT * m * k,
         float32=2.0 * n * m * p * c,
-        float64=c * (tiles * q**3 / 3 + 2.0 * q * q * m),
+        float64=c * (_FACTOR * tiles * q**3 / 3 + 2.0 * q * q * m),
         entries=float(tiles * n * p * c + 2 * n * m),
     )
 
