@@ -50,7 +50,7 @@ FILES_SECONDS = 3e-2
 HASH_RATE = 5e8
 """Bytes a second at which a checkpoint is loaded, checked and hashed."""
 
-ROW_BYTES = 10
+ROW_BYTES = 12
 """Bytes for each entry of a batch's rows, between projection and store."""
 
 

@@ -28,7 +28,7 @@ from trak.modelout_functions import AbstractModelOutput
 from trak.projectors import AbstractProjector, AdditiveProjector
 
 PROBE_SECONDS = 0.1
-"""How long each kind of product is repeated."""
+"""How long what is fast is repeated."""
 
 LONG = 20.0
 """Seconds of a first batch after which a second is not worth its time."""
@@ -175,7 +175,7 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
 def measure_batch(
     pipeline: Pipeline, batch: Batch, size: int, device: torch.device, *, half: bool
 ) -> BatchTime:
-    """Featurize a batch into arrays that are thrown away, twice.
+    """Featurize a batch into arrays that are thrown away, at least twice.
 
     Args:
         pipeline: What computes; its computer is loaded with the model anew, which is in
@@ -200,7 +200,7 @@ def measure_batch(
         store_batch(pipeline, store, None, batch, inds, digests, skip=True)
 
     first = repeat(featurize, device, 0.0)
-    others = first if first > LONG else repeat(featurize, device, 0.0)
+    others = first if first > LONG else repeat(featurize, device, PROBE_SECONDS)
     return BatchTime(max(first, others), others)
 
 
