@@ -1,0 +1,135 @@
+"""The triton back end: whether it can be used, and its functions.
+
+Triton is imported where a function of it is called, never where this module is: the
+import takes a second, and most installations of it have no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from typing import Any, Final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from trak._signs import Key
+
+# The first with bfloat16 matrix units; triton compiles for none before it.
+_OLDEST: Final = (8, 0)
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Say why the kernels cannot run on a device.
+
+    Args:
+        device: Where the gradients are.
+
+    Returns:
+        The reason, or None if they can.
+    """
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return _missing()
+    if device.type != "cuda":
+        return f"triton kernels need a CUDA device, got {str(device)!r}"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "triton kernels need CUDA, which this torch cannot use here"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        return (
+            f"triton kernels need a GPU of compute capability 8.0 or above, got "
+            f"{capability[0]}.{capability[1]}"
+        )
+    return _missing()
+
+
+def sparse_into(
+    out: Float[Tensor, "b p"],
+    x: Float[Tensor, "b k"],
+    key: Key,
+    offset: int,
+    sizes: tuple[int, ...],
+) -> None:
+    """Add the sparse sketch of some coordinates of one parameter.
+
+    Args:
+        out: Sketch to add to, float32 or float64; sums run in its dtype. Shape
+            ``(b, p)``.
+        x: Gradients of the coordinates, in any floating dtype. Shape ``(b, k)``.
+        key: The stream's key.
+        offset: Position of the first column in the parameter.
+        sizes: Outputs of each block.
+    """
+    _launch("sparse").sparse_into(out, x, key, offset, sizes)
+
+
+def dense_into(
+    out: Float[Tensor, "b p"], x: Float[Tensor, "b k"], key: Key, offset: int
+) -> None:
+    """Add the dense sign sketch of some coordinates of one parameter.
+
+    Args:
+        out: Sketch to add to, float32 or float64; sums run in its dtype. Shape
+            ``(b, p)``.
+        x: Gradients of the coordinates, in any floating dtype. Shape ``(b, k)``.
+        key: The stream's key.
+        offset: Position of the first column in the parameter.
+    """
+    _launch("dense").dense_into(out, x, key, offset)
+
+
+def sparse_segments_into(
+    out: Float[Tensor, "b p"],
+    x: Float[Tensor, "k w"],
+    examples: Int[Tensor, " k"],
+    positions: Int[Tensor, " k"],
+    key: Key,
+    sizes: tuple[int, ...],
+) -> None:
+    """Add the sparse sketch of segments of one parameter.
+
+    Args:
+        out: Sketch to add to, float32 or float64; sums run in its dtype. Shape
+            ``(b, p)``.
+        x: Gradients of the segments, in any floating dtype. Shape ``(k, w)``.
+        examples: Which example each segment is of, int64. Shape ``(k,)``.
+        positions: Position of each segment's first coordinate, int64. Shape ``(k,)``.
+        key: The stream's key.
+        sizes: Outputs of each block.
+    """
+    _launch("sparse").sparse_segments_into(out, x, examples, positions, key, sizes)
+
+
+def dense_segments_into(
+    out: Float[Tensor, "b p"],
+    x: Float[Tensor, "k w"],
+    examples: Int[Tensor, " k"],
+    positions: Int[Tensor, " k"],
+    key: Key,
+) -> None:
+    """Add the dense sign sketch of segments of one parameter.
+
+    Args:
+        out: Sketch to add to, float32 or float64; sums run in its dtype. Shape
+            ``(b, p)``.
+        x: Gradients of the segments, in any floating dtype. Shape ``(k, w)``.
+        examples: Which example each segment is of, int64. Shape ``(k,)``.
+        positions: Position of each segment's first coordinate, int64. Shape ``(k,)``.
+        key: The stream's key.
+    """
+    _launch("dense").dense_segments_into(out, x, examples, positions, key)
+
+
+def _launch(sketch: str) -> Any:
+    """Return the module that launches the kernels of a sketch."""
+    return importlib.import_module(f"trak._kernels.triton_{sketch}_launch")
+
+
+def _missing() -> str | None:
+    """Say why triton cannot be imported, if it cannot."""
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton cannot be imported ({error}); `pip install triton` installs it"
+    return None
