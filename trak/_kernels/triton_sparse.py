@@ -353,6 +353,7 @@ def gather_segments(
 @no_type_check
 def _source(chunk, block, place, size, key_low, key_high, ACC: tl.constexpr):
     """Return which coordinate each place of a block takes of a chunk, and its sign."""
+    chunk = block.to(tl.int64) * 0 + chunk
     w0, w1, w2, w3 = words(chunk >> 2, block, key_low, key_high, _ROTATION)
     word = one_of(w0, w1, w2, w3, (chunk & 3).to(tl.int32))
     turn = ((word.to(tl.uint64) * size.to(tl.uint64)) >> 32).to(tl.int32)
