@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -42,6 +43,39 @@ def test_kernels_in_the_interpreter() -> None:
 @needs_triton
 def test_kernels_compile_for_gpus(tmp_path: Path) -> None:
     run("triton_compiled", TRITON_CACHE_DIR=str(tmp_path))
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure")
+def test_benchmark_without_a_gpu() -> None:
+    done = benchmark()
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"There is nothing to measure: torch {torch.__version__} finds no CUDA "
+        f"device. --interpret checks the kernels, slowly, on the CPU."
+    )
+
+
+@pytest.mark.slow
+@needs_triton
+def test_benchmark_in_the_interpreter(tmp_path: Path) -> None:
+    written = tmp_path / "gpu.json"
+    done = benchmark("--interpret", "--json", str(written))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(written.read_text())
+    assert len(found["errors"]) == 14
+    assert len(found["kernels"]) == 6
+    assert [line["dtype"] for line in found["featurize"]] == ["fp32", "bf16"]
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:

@@ -10,11 +10,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from trak import _signs
 from trak._kernels import triton_backend, triton_dense_launch, triton_sparse_launch
 from trak._kernels.triton_philox import words
 from trak._signs import Key, block_sizes, dense_signs, sparse_rotations, sparse_signs
+from trak.errors import BackendError
 
 KEY = _signs.stream_key(1, 2, "weight")
 TOLERANCE = {
@@ -78,9 +80,9 @@ def test_words_are_those_of_the_scheme(start: int, domain: _signs.Domain) -> Non
 
 
 @pytest.mark.parametrize("offset", [3, LONG])
-@pytest.mark.parametrize(("p", "s"), [(1, 1), (11, 2), (3, 3)])
+@pytest.mark.parametrize(("p", "s"), [(1, 1), (11, 2), (2, 2)])
 def test_sparse_entries_are_those_of_the_scheme(p: int, s: int, offset: int) -> None:
-    sizes, k = block_sizes(p, s), 16
+    sizes, k = block_sizes(p, s), 11
     out = torch.zeros(k, p, dtype=torch.float64)
     triton_backend.sparse_into(out, torch.eye(k), KEY, offset, sizes)
     assert torch.equal(out, sparse_matrix(offset, k, sizes, KEY))
@@ -280,22 +282,45 @@ def test_segments(k: int, w: int, b: int, base: int, dtype: torch.dtype) -> None
     torch.testing.assert_close(dense.double(), wanted[1], **TOLERANCE[sums])
 
 
-def test_segments_of_an_example_keep_their_order() -> None:
+def test_segments_of_an_example_depend_on_no_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     x, examples, positions = segments(7, 24, 3)
-    shuffled = torch.argsort(examples, stable=True)
     sizes = block_sizes(32, 2)
-    plain, other = torch.zeros(2, 3, 32)
+    plain, launched, alone = torch.zeros(3, 3, 32)
     triton_backend.sparse_segments_into(plain, x, examples, positions, KEY, sizes)
+    own = examples == 1
     triton_backend.sparse_segments_into(
-        other, x[shuffled], examples[shuffled], positions[shuffled], KEY, sizes
+        alone[:1], x[own], examples[own] - 1, positions[own], KEY, sizes
     )
-    assert torch.equal(plain, other)
+    assert torch.equal(alone[0], plain[1])
+    monkeypatch.setattr(triton_sparse_launch, "ROWS", 2)
+    triton_backend.sparse_segments_into(launched, x, examples, positions, KEY, sizes)
+    assert torch.equal(launched, plain)
+    monkeypatch.setattr(triton_dense_launch, "ROWS", 2)
     every_other = torch.zeros(7, 48)[:, ::2].copy_(x)
     other = torch.zeros(32, 3).T
     triton_backend.dense_segments_into(other, every_other, examples, positions, KEY)
     plain = torch.zeros(3, 32)
     triton_backend.dense_segments_into(plain, x, examples, positions, KEY)
     assert torch.equal(plain, other)
+
+
+def test_what_triton_raises_is_a_back_end_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(triton_dense_launch, "dense_into", fail)
+    with pytest.raises(BackendError) as caught:
+        triton_backend.dense_into(torch.zeros(1, 3), torch.zeros(1, 3), KEY, 0)
+    message = str(caught.value)
+    assert message.startswith("triton cannot compile or launch the dense kernels here")
+    assert "300000" in message
+    assert message.endswith(
+        "sum by torch operations with backend='torch' or TRAK_BACKEND=torch"
+    )
 
 
 def test_no_segments() -> None:

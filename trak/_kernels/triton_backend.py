@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -15,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from trak._signs import Key
+from trak.errors import BackendError
 
 # The first with bfloat16 matrix units; triton compiles for none before it.
 _OLDEST: Final = (8, 0)
@@ -60,8 +64,12 @@ def sparse_into(
         key: The stream's key.
         offset: Position of the first column in the parameter.
         sizes: Outputs of each block.
+
+    Raises:
+        BackendError: If triton cannot compile or launch the kernels.
     """
-    _launch("sparse").sparse_into(out, x, key, offset, sizes)
+    with _launching("sparse") as launch:
+        launch.sparse_into(out, x, key, offset, sizes)
 
 
 def dense_into(
@@ -75,8 +83,12 @@ def dense_into(
         x: Gradients of the coordinates, in any floating dtype. Shape ``(b, k)``.
         key: The stream's key.
         offset: Position of the first column in the parameter.
+
+    Raises:
+        BackendError: If triton cannot compile or launch the kernels.
     """
-    _launch("dense").dense_into(out, x, key, offset)
+    with _launching("dense") as launch:
+        launch.dense_into(out, x, key, offset)
 
 
 def sparse_segments_into(
@@ -97,8 +109,12 @@ def sparse_segments_into(
         positions: Position of each segment's first coordinate, int64. Shape ``(k,)``.
         key: The stream's key.
         sizes: Outputs of each block.
+
+    Raises:
+        BackendError: If triton cannot compile or launch the kernels.
     """
-    _launch("sparse").sparse_segments_into(out, x, examples, positions, key, sizes)
+    with _launching("sparse") as launch:
+        launch.sparse_segments_into(out, x, examples, positions, key, sizes)
 
 
 def dense_segments_into(
@@ -117,13 +133,32 @@ def dense_segments_into(
         examples: Which example each segment is of, int64. Shape ``(k,)``.
         positions: Position of each segment's first coordinate, int64. Shape ``(k,)``.
         key: The stream's key.
+
+    Raises:
+        BackendError: If triton cannot compile or launch the kernels.
     """
-    _launch("dense").dense_segments_into(out, x, examples, positions, key)
+    with _launching("dense") as launch:
+        launch.dense_segments_into(out, x, examples, positions, key)
 
 
-def _launch(sketch: str) -> Any:
-    """Return the module that launches the kernels of a sketch."""
-    return importlib.import_module(f"trak._kernels.triton_{sketch}_launch")
+@contextmanager
+def _launching(sketch: str) -> Iterator[Any]:
+    """Give the module that launches the kernels of a sketch.
+
+    Raises:
+        BackendError: If triton cannot compile or launch them.
+    """
+    launch = importlib.import_module(f"trak._kernels.triton_{sketch}_launch")
+    problems = importlib.import_module("triton.errors").TritonError
+    try:
+        yield launch
+    # Triton runs a compiler of C, and its own assembler.
+    except (problems, subprocess.SubprocessError) as error:
+        raise BackendError(
+            f"triton cannot compile or launch the {sketch} kernels here "
+            f"({type(error).__name__}: {error}); sum by torch operations with "
+            f"backend='torch' or TRAK_BACKEND=torch"
+        ) from error
 
 
 def _missing() -> str | None:

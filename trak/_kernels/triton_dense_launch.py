@@ -16,6 +16,7 @@ from trak._kernels.triton_sums import (
     MOST_OF_A_SPLIT,
     PARTIALS,
     ROWS,
+    SPLITS_OF_SEGMENTS,
     accumulator,
     add_up,
     by_example,
@@ -36,8 +37,6 @@ _ROWS_OF_PARTS: Final = {3: 32, 1: 64}
 # Of float64, or its registers spill.
 _WIDE_OUTPUTS: Final = 32
 _WIDE_ROWS: Final = 16
-# A matrix product of triton has no side below 16.
-_FEWEST_ROWS: Final = 16
 # Coordinates of a launch; packed float32 rows are 6 bytes each.
 _WIDTH: Final = 2**19
 _COLUMNS_TO_PACK: Final = 1024
@@ -89,27 +88,30 @@ def dense_segments_into(
         return
     outputs = min(_SEGMENT_OUTPUTS, max(128, triton.next_power_of_2(out.shape[1])))
     with on(x.device):
-        partials, order, bounds = by_example(out, examples)
-        splits = len(partials)
+        order, bounds = by_example(len(out), examples)
         tiles = triton.cdiv(out.shape[1], outputs)
-        triton_dense.multiply_segments[tiles, len(out), splits](
-            x,
-            order,
-            bounds,
-            positions,
-            partials,
-            len(out),
-            x.shape[1],
-            out.shape[1],
-            *key_words(key),
-            *x.stride(),
-            SPLITS=splits,
-            OUTPUTS=outputs,
-            ACC=accumulator(out),
-            num_warps=4,
-            **FUSED,
-        )
-        add_up(out, partials, out.shape[1])
+        for top in range(0, len(out), ROWS):
+            rows = out[top : top + ROWS]
+            partials = out.new_empty((SPLITS_OF_SEGMENTS, *rows.shape))
+            grid = (tiles, len(rows), SPLITS_OF_SEGMENTS)
+            triton_dense.multiply_segments[grid](
+                x,
+                order,
+                bounds[top:],
+                positions,
+                partials,
+                len(rows),
+                x.shape[1],
+                out.shape[1],
+                *key_words(key),
+                *x.stride(),
+                SPLITS=SPLITS_OF_SEGMENTS,
+                OUTPUTS=outputs,
+                ACC=accumulator(out),
+                num_warps=4,
+                **FUSED,
+            )
+            add_up(rows, partials, out.shape[1])
 
 
 def _piece(
@@ -138,8 +140,8 @@ def _piece(
     partials = out.new_empty((triton.cdiv(draws, per_split), b, p))
     wide = kept == torch.float64
     outputs = _WIDE_OUTPUTS if wide else _OUTPUTS
+    # Not fewer for a small batch: other tiles may mean another order of summation.
     rows = _WIDE_ROWS if wide else _ROWS_OF_PARTS[parts]
-    rows = min(rows, max(_FEWEST_ROWS, triton.next_power_of_2(b)))
     grid = (triton.cdiv(p, outputs), triton.cdiv(b, rows), len(partials))
     triton_dense.multiply[grid](
         packed,

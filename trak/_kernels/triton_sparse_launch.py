@@ -15,6 +15,7 @@ from trak._kernels.triton_sums import (
     MOST_OF_A_SPLIT,
     PARTIALS,
     ROWS,
+    SPLITS_OF_SEGMENTS,
     accumulator,
     add_up,
     by_example,
@@ -106,29 +107,32 @@ def sparse_segments_into(
     outputs = min(_OUTPUTS_OF_A_BLOCK, triton.next_power_of_2(max(sizes)))
     tiles = triton.cdiv(max(sizes), outputs)
     with on(x.device):
-        partials, order, bounds = by_example(out, examples)
-        splits = len(partials)
-        triton_sparse.gather_segments[blocks.number * tiles, len(out), splits](
-            x,
-            order,
-            bounds,
-            positions,
-            partials,
-            len(out),
-            x.shape[1],
-            out.shape[1],
-            blocks.larger,
-            blocks.small,
-            *key_words(key),
-            *x.stride(),
-            SPLITS=splits,
-            TILES=tiles,
-            OUTPUTS=outputs,
-            ACC=accumulator(out),
-            num_warps=4,
-            **FUSED,
-        )
-        add_up(out, partials, blocks.number)
+        order, bounds = by_example(len(out), examples)
+        for top in range(0, len(out), ROWS):
+            rows = out[top : top + ROWS]
+            partials = out.new_empty((SPLITS_OF_SEGMENTS, *rows.shape))
+            grid = (blocks.number * tiles, len(rows), SPLITS_OF_SEGMENTS)
+            triton_sparse.gather_segments[grid](
+                x,
+                order,
+                bounds[top:],
+                positions,
+                partials,
+                len(rows),
+                x.shape[1],
+                out.shape[1],
+                blocks.larger,
+                blocks.small,
+                *key_words(key),
+                *x.stride(),
+                SPLITS=SPLITS_OF_SEGMENTS,
+                TILES=tiles,
+                OUTPUTS=outputs,
+                ACC=accumulator(out),
+                num_warps=4,
+                **FUSED,
+            )
+            add_up(rows, partials, blocks.number)
 
 
 def _few(

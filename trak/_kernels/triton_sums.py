@@ -36,8 +36,9 @@ sketch, s / 64 of it."""
 # enough programs to fill a GPU; but not so small that partial sums dominate.
 _SPLITS: Final = 64
 _FEWEST_OF_A_SPLIT: Final = 8
-_SEGMENTS_OF_A_SPLIT: Final = 8
-_MOST_SPLITS_OF_SEGMENTS: Final = 16
+# Programs that share the segments of an example, however many it has: with a number that
+# followed from the batch, an example's sum would depend on what is beside it.
+SPLITS_OF_SEGMENTS: Final = 8
 
 
 def add_up(
@@ -66,25 +67,22 @@ def add_up(
 
 
 def by_example(
-    out: Float[Tensor, "b p"], examples: Int[Tensor, " k"]
-) -> tuple[Float[Tensor, "j b p"], Int[Tensor, " k"], Int[Tensor, " b+1"]]:
-    """Order segments by example, and make room for their partial sums.
+    b: int, examples: Int[Tensor, " k"]
+) -> tuple[Int[Tensor, " k"], Int[Tensor, " e"]]:
+    """Order segments by example.
 
     Args:
-        out: The sketch that they are for. Shape ``(b, p)``.
+        b: Number of examples.
         examples: Which example each segment is of, int64. Shape ``(k,)``.
 
     Returns:
-        Uninitialized partial sums, the order of the segments, and where in it each
-        example's begin.
+        The order of the segments, and where in it each example's begin; one place more
+        than there are examples.
     """
-    b = len(out)
     # Stable, so that an example's segments keep their order, whatever the device.
     ordered, order = torch.sort(examples, stable=True)
-    bounds = torch.searchsorted(ordered, torch.arange(b + 1, device=examples.device))
-    wanted = triton.cdiv(len(examples), b * _SEGMENTS_OF_A_SPLIT)
-    splits = min(_MOST_SPLITS_OF_SEGMENTS, triton.next_power_of_2(wanted))
-    return out.new_empty((splits, *out.shape)), order, bounds
+    rows = torch.arange(b + 1, device=examples.device)
+    return order, torch.searchsorted(ordered, rows)
 
 
 def share(number: int) -> int:
