@@ -13,10 +13,17 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from trak import _signs
-from trak._kernels import triton_backend, triton_dense_launch, triton_sparse_launch
+from trak._kernels import (
+    choice,
+    triton_backend,
+    triton_dense_launch,
+    triton_sparse_launch,
+)
+from trak._kernels.choice import Backend
 from trak._kernels.triton_philox import words
 from trak._signs import Key, block_sizes, dense_signs, sparse_rotations, sparse_signs
 from trak.errors import BackendError
+from trak.projectors import BasicProjector, SparseProjector
 
 KEY = _signs.stream_key(1, 2, "weight")
 TOLERANCE = {
@@ -304,6 +311,23 @@ def test_segments_of_an_example_depend_on_no_others(
     plain = torch.zeros(3, 32)
     triton_backend.dense_segments_into(plain, x, examples, positions, KEY)
     assert torch.equal(plain, other)
+
+
+def test_projectors_use_it_once_it_has_proved_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A smaller proof than elsewhere, of the same kernels.
+    for name, value in (("_COLUMNS", 100), ("_OUTPUTS", 9), ("_FEW", 30)):
+        monkeypatch.setattr(choice, name, value)
+    x = rows(2, 150)
+    for law in ("sparse", "rademacher"):
+        kind = SparseProjector if law == "sparse" else BasicProjector
+        mine, plain = (
+            kind(150, 33, 0, law, "cpu", backend=name) for name in ("triton", "torch")
+        )
+        assert mine.running_backend() is Backend.triton
+        assert mine.describe() == plain.describe()
+        torch.testing.assert_close(mine.project(x, 0), plain.project(x, 0))
 
 
 def test_what_triton_raises_is_a_back_end_error(

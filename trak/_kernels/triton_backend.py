@@ -145,6 +145,9 @@ def dense_segments_into(
 def _launching(sketch: str) -> Iterator[Any]:
     """Give the module that launches the kernels of a sketch.
 
+    Yields:
+        The module.
+
     Raises:
         BackendError: If triton cannot compile or launch them.
     """

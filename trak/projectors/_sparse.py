@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trak._kernels.choice import Backend
+from trak._kernels.torch_segments import sparse_segments_into
 from trak._signs import Key, block_sizes, sparse_rotations, sparse_signs
 from trak.errors import OptionError
 from trak.projectors._base import (
@@ -58,10 +60,14 @@ class SparseProjector(AdditiveProjector):
             large errors rarer where a few coordinates dominate, at a cost in
             proportion.
         dtype: float64 to sum float32 gradients in float64.
+        backend: What sums: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``. It
+            changes rounding only.
 
     Raises:
         OptionError: If a dimension or ``nonzeros`` is below 1, or ``proj_type`` is not
             sparse.
+        UnknownNameError: If there is no back end of that name.
+        BackendError: If one is asked for by name and cannot run.
     """
 
     def __init__(
@@ -74,9 +80,10 @@ class SparseProjector(AdditiveProjector):
         *,
         nonzeros: int = DEFAULT_NONZEROS,
         dtype: torch.dtype = torch.float32,
+        backend: str | Backend = Backend.auto,
     ) -> None:
         law = parse_projection_type(proj_type, (ProjectionType.sparse,))
-        super().__init__(grad_dim, proj_dim, seed, law, device, dtype)
+        super().__init__(grad_dim, proj_dim, seed, law, device, dtype, backend=backend)
         if nonzeros < 1:
             raise OptionError(f"nonzeros must be at least 1, got {nonzeros}")
         self.nonzeros = min(nonzeros, proj_dim)
@@ -96,7 +103,23 @@ class SparseProjector(AdditiveProjector):
         key: Key,
         offset: int,
     ) -> None:
-        sparse_into(out, x, key, offset, self._plans)
+        kernels = self._kernels(out.device)
+        if kernels is None:
+            sparse_into(out, x, key, offset, self._plans)
+        else:
+            kernels.sparse_into(out, x, key, offset, self._plans.sizes)
+
+    def _add_segments(
+        self,
+        out: Float[Tensor, "b p"],
+        x: Float[Tensor, "k w"],
+        examples: Int[Tensor, " k"],
+        positions: Int[Tensor, " k"],
+        key: Key,
+    ) -> None:
+        kernels = self._kernels(out.device)
+        add = sparse_segments_into if kernels is None else kernels.sparse_segments_into
+        add(out, x, examples, positions, key, self._plans.sizes)
 
 
 def default_projector(
