@@ -34,6 +34,7 @@ def run(module: str, **variables: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_in_the_interpreter() -> None:
     run("triton_interpreted", TRITON_INTERPRET="1")

@@ -317,7 +317,12 @@ def test_projectors_use_it_once_it_has_proved_itself(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # A smaller proof than elsewhere, of the same kernels.
-    for name, value in (("_COLUMNS", 100), ("_OUTPUTS", 9), ("_FEW", 30)):
+    for name, value in (
+        ("_ROWS", 2),
+        ("_COLUMNS", 100),
+        ("_OUTPUTS", 9),
+        ("_FEW", 30),
+    ):
         monkeypatch.setattr(choice, name, value)
     x = rows(2, 150)
     for law in ("sparse", "rademacher"):
