@@ -24,14 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from speed_cells import Bench, FeaturizeCell, run_project
-from speed_plan import PLANS, Plan
+from speed_plan import PLANS
 from speed_plot import plot
 from speed_report import all_exponents, fill, markdown, sections
+from speed_scoring import run_scoring
 from speed_turns import WorkerError
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-PARTS = ("featurize", "project", "scoring")
+PARTS = ("featurize", "project", "score")
 UPSTREAM = ROOT / ".venv-upstream" / "bin" / "python"
 
 
@@ -69,18 +70,6 @@ def machine(bench: Bench) -> dict[str, str]:
     }
 
 
-def scoring(plan: Plan, directory: Path) -> dict[str, Any]:
-    """Run the benchmark of finalizing and scoring, in a process of its own."""
-    script = HERE / "scoring.py"
-    path = directory / "scoring.json"
-    sizes = [str(n) for n in plan.scoring]
-    command = [sys.executable, str(script), "--n", *sizes, "--json", str(path)]
-    done = subprocess.run(command, text=True, capture_output=True, check=False)
-    if done.returncode:
-        raise WorkerError(f"{script.name} failed: {done.stderr[-500:]}")
-    return {"results": json.loads(path.read_text()), "table": done.stdout}
-
-
 def tasks(
     bench: Bench, only: list[str]
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
@@ -95,9 +84,9 @@ def tasks(
     if "project" in only:
         for cell in bench.plan.project:
             yield str(cell), lambda cell=cell: run_project(bench, cell)
-    if "scoring" in only and bench.plan.scoring:
-        sizes = bench.plan.scoring
-        yield f"scoring, n={sizes}", lambda: scoring(bench.plan, bench.directory)
+    if "score" in only:
+        for cell in bench.plan.score:
+            yield str(cell), lambda cell=cell: run_scoring(cell, bench.directory)
 
 
 def measure(
@@ -118,7 +107,7 @@ def measure(
         Everything that was found, as plain data.
     """
     results: dict[str, Any] = {"machine": machine(bench), "failed": []}
-    results |= {"cells": [], "exponents": [], "scoring": {}}
+    results |= {"cells": [], "exponents": []}
     for line in results["machine"].items():
         say("{}: {}".format(*line))
     begin = time.perf_counter()
@@ -131,12 +120,9 @@ def measure(
             say(f"  failed: {error}")
             results["failed"].append(f"{title}: {error}")
             continue
-        if "kind" in found:
-            results["cells"].append(found)
-            results["exponents"] = all_exponents(results["cells"])
-            say(f"  {outline(found)}")
-        else:
-            results["scoring"] = found
+        results["cells"].append(found)
+        results["exponents"] = all_exponents(results["cells"])
+        say(f"  {outline(found)}")
         now = time.perf_counter()
         say(f"  [{now - started:.0f} s]")
         results["machine"]["seconds"] = f"{now - begin:.0f}"
@@ -145,9 +131,15 @@ def measure(
 
 
 def outline(cell: dict[str, Any]) -> str:
+    if cell["kind"] == "score":
+        found = [
+            f"{step['name']} / floor {step['seconds'] / step['floor']:.3g}"
+            for step in cell["steps"]
+        ]
+        return "; ".join(found)
     found = []
     for name, one in cell["ratios"].items():
-        if one["wall"] and ("floor" in name or "ours" in name):
+        if one["wall"]:
             wall, cpu = one["wall"]["median"], one["cpu"]["median"]
             found.append(f"{name} {wall:.3g} ({cpu:.3g} by processor time)")
     return "; ".join(found)

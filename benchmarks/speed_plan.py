@@ -34,13 +34,25 @@ class Project:
 
 
 @dataclass(frozen=True, slots=True)
+class Score:
+    """Finalizing, top-k and self-influence on features of a size."""
+
+    n: int
+    p: int = 2048
+    m: int = 1000
+    k: int = 100
+    checkpoints: int = 1
+    exponents: bool = False
+    """Whether halves and quarters of the sizes are measured too."""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One run."""
 
     featurize: tuple[Featurize, ...]
     project: tuple[Project, ...]
-    scoring: tuple[int, ...]
-    """Sizes ``n`` of the training set to finalize and score."""
+    score: tuple[Score, ...]
 
     budget: float
     """Seconds of turns for a cell; warming up comes on top."""
@@ -63,7 +75,7 @@ QUICK = Plan(
         Featurize("resnet9", 32, 2048),
     ),
     project=(Project(100_000, 32, 512), Project(100_000, 32, 2048)),
-    scoring=(10_000,),
+    score=(Score(10_000),),
     budget=10,
     cap=5,
     rounds=5,
@@ -98,7 +110,7 @@ DEFAULT = Plan(
         Project(2_300_000, 256, 2048),
         Project(480_000, 32, 2048),
     ),
-    scoring=(10_000, 100_000),
+    score=(Score(20_000, exponents=True), Score(100_000, p=4096)),
     budget=30,
     cap=15,
     rounds=11,
@@ -134,7 +146,12 @@ FULL = Plan(
         for p in _SKETCHES
         for threads in (1, 2)
     ),
-    scoring=(10_000, 100_000, 1_000_000),
+    score=(
+        Score(20_000, exponents=True),
+        Score(100_000, p=4096),
+        Score(100_000, p=4096, checkpoints=4),
+        Score(1_000_000),
+    ),
     budget=60,
     cap=60,
     rounds=15,

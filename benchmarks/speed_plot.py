@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from speed_models import SUBJECTS
-from speed_report import Cell, median, number
+from speed_tables import Cell, median, number
 
 OURS, THEIRS, FLOOR = "#1f5fa8", "#c8501e", "#777777"
 
@@ -32,7 +32,7 @@ def points(cell: Cell) -> list[tuple[str, str, str, str]]:
         ]
     found = [("read once", "reading the gradients", FLOOR, "|")]
     for law, marker, title in (("sparse", "o", "sparse"), ("rademacher", "D", "dense")):
-        for backend in ("native", "auto"):
+        for backend in ("native", "auto", "torch"):
             name = f"ours {law} {backend}"
             if name in cell["series"]:
                 found.append((name, f"trak, {title}", OURS, marker))
@@ -59,9 +59,11 @@ def panel(axes: Any, cells: Sequence[Cell], title: str) -> None:
                 markersize=11 if marker == "|" else 7,
                 markeredgewidth=2 if marker == "|" else 1.5,
                 markerfacecolor=colour if whole else "white",
-                label="_" if legend in shown else legend,
             )
-            shown.add(legend)
+            if legend not in shown:
+                shown.add(legend)
+                dot = {"color": colour, "markersize": 7, "markeredgewidth": 1.5}
+                axes.plot([], [], marker, label=legend, **dot)
             ends.append(value)
         if ends:
             axes.plot(
@@ -79,7 +81,7 @@ def panel(axes: Any, cells: Sequence[Cell], title: str) -> None:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.tick_params(axis="y", length=0)
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
     axes.legend(
         loc="lower right",
         bbox_to_anchor=(1, 1),
@@ -92,8 +94,9 @@ def panel(axes: Any, cells: Sequence[Cell], title: str) -> None:
 
 def faster(axes: Any, row: int, cell: Cell) -> None:
     """Write how many times faster ours is, at the right of its row."""
-    names = ("theirs / ours", "theirs normal / ours sparse native")
-    names += ("theirs normal / ours sparse auto",)
+    names = ["theirs / ours"]
+    for backend in ("native", "auto", "torch"):
+        names.append(f"theirs normal / ours sparse {backend}")
     for name in names:
         found = cell["ratios"].get(name, {}).get("wall")
         if found:

@@ -1,4 +1,4 @@
-"""From results to what is read: tables, fitted exponents, and the tables of a page."""
+"""From results to what is read: fitted exponents, a document, the tables of a page."""
 
 from __future__ import annotations
 
@@ -10,148 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from speed_models import SUBJECTS
-
-Cell = dict[str, Any]
-NOTE = {"extrapolated": "\N{ALMOST EQUAL TO} "}
-"""What stands before a figure that is not measured whole."""
-
-FOOTNOTE = (
-    "\N{ALMOST EQUAL TO} extrapolated from one block of the projection: traker draws and "
-    "multiplies 100 columns at a time, so its whole call was timed with two blocks and "
-    "the time of a block added for each of the others."
+from speed_scoring import scoring_exponents, scoring_table
+from speed_tables import (
+    FOOTNOTE,
+    Cell,
+    featurize_table,
+    median,
+    memory_table,
+    project_table,
+    store_table,
+    table,
 )
-
-
-def number(value: float) -> str:
-    """Give three digits, without an exponent.
-
-    Returns:
-        The number as it stands in a table.
-    """
-    if not math.isfinite(value):
-        return "-"
-    if value >= 99.95:
-        return f"{value:,.0f}"
-    digits = 1 if value >= 9.995 else 2 if value >= 0.9995 else 3
-    return f"{value:.{digits}f}"
-
-
-def median(cell: Cell, name: str, clock: int = 1) -> float:
-    """Take the median of a series' turns, in ms an example; NaN where it has none."""
-    turns = cell["series"].get(name, {}).get("turns", [])
-    return statistics.median(turn[clock] for turn in turns) if turns else math.nan
-
-
-def time_of(cell: Cell, name: str) -> str:
-    one = cell["series"].get(name)
-    if one is None:
-        return "-"
-    if not one["turns"]:
-        return one["how"].split(":")[0]
-    return NOTE.get(one["how"], "") + number(median(cell, name))
-
-
-def ratio_of(cell: Cell, name: str) -> str:
-    found = cell["ratios"].get(name, {}).get("wall")
-    if not found:
-        return "-"
-    text = number(found["median"])
-    if found["rounds"] > 1:
-        text += f" ({number(found['least'])}-{number(found['greatest'])})"
-    return text
-
-
-def memory_of(cell: Cell, name: str) -> str:
-    peak = cell["series"].get(name, {}).get("peak", math.nan)
-    return number(peak) if peak < 99.95 else f"{peak:,.0f}" if peak == peak else "-"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Lay out a Markdown table.
-
-    Returns:
-        Its lines.
-    """
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-# -- tables ---------------------------------------------------------------------------
-
-
-def featurize_table(cells: Iterable[Cell]) -> str:
-    head = (
-        "model",
-        "`d`",
-        "`b`",
-        "`p`",
-        "threads",
-        "floor, ms",
-        "trak, ms",
-        "trak / floor",
-        "traker, ms",
-        "traker / trak",
-        "MiB: floor",
-        "trak",
-        "traker",
-    )
-    rows = []
-    for cell in cells:
-        half = ", half precision" if cell["half"] else ""
-        rows.append((
-            SUBJECTS[cell["model"]].title + half,
-            f"{cell['d']:,}",
-            str(cell["b"]),
-            str(cell["p"]),
-            str(cell["threads"]),
-            time_of(cell, "floor"),
-            time_of(cell, "ours"),
-            ratio_of(cell, "ours / floor"),
-            time_of(cell, "theirs"),
-            ratio_of(cell, "theirs / ours"),
-            memory_of(cell, "floor"),
-            memory_of(cell, "ours"),
-            memory_of(cell, "theirs"),
-        ))
-    return table(head, rows)
-
-
-def store_table(cells: Iterable[Cell]) -> str:
-    head = ("model", "`b`", "`p`", "with a store / floor", "without / floor")
-    rows = [
-        (
-            SUBJECTS[cell["model"]].title,
-            str(cell["b"]),
-            str(cell["p"]),
-            ratio_of(cell, "ours / floor"),
-            ratio_of(cell, "ours in memory / floor"),
-        )
-        for cell in cells
-        if "ours in memory" in cell["series"]
-    ]
-    return table(head, rows) if rows else ""
-
-
-def project_table(cells: Sequence[Cell]) -> str:
-    names = list(dict.fromkeys(name for cell in cells for name in cell["series"]))
-    names = [name for name in names if name != "read once"]
-    titles = [
-        name.replace("theirs", "traker").replace("ours", "trak") for name in names
-    ]
-    head = ("`d`", "`b`", "`p`", "threads", "reading, ms", *titles)
-    rows = []
-    for cell in cells:
-        row = [f"{cell['d']:,}", str(cell["b"]), str(cell["p"]), str(cell["threads"])]
-        row.append(time_of(cell, "read once"))
-        for name in names:
-            text = time_of(cell, name)
-            faster = cell["ratios"].get(f"theirs normal / {name}", {}).get("wall")
-            if faster and name.startswith("ours"):
-                text += f" ({number(faster['median'])}x)"
-            row.append(text)
-        rows.append(row)
-    return table(head, rows)
-
 
 # -- exponents ------------------------------------------------------------------------
 
@@ -234,6 +103,7 @@ def all_exponents(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         *exponents(p, "p", ("d", "b", "threads"), projecting),
         *exponents(p, "d", ("p", "b", "threads"), projecting),
         *exponents(p, "b", ("d", "p", "threads"), projecting),
+        *scoring_exponents(kinds["score"]),
     ]
 
 
@@ -249,7 +119,7 @@ def exponent_table(found: Iterable[dict[str, Any]]) -> str:
         )
         for one in found
     ]
-    head = ("cost of an example", "along", "from", "exponent")
+    head = ("what", "along", "from", "exponent")
     return table(head, rows) if rows else ""
 
 
@@ -260,6 +130,8 @@ def warnings(results: dict[str, Any]) -> list[str]:
     """Say what a reader of the figures must know."""
     found = [f"failed: {line}" for line in results.get("failed", [])]
     for cell in results["cells"]:
+        if cell["kind"] == "score":
+            continue
         where = ", ".join(
             f"{key}={cell[key]}"
             for key in ("model", "d", "b", "p", "threads")
@@ -277,7 +149,10 @@ def warnings(results: dict[str, Any]) -> list[str]:
             elif one["note"]:
                 found.append(f"{where}: {name}: {one['note']}")
         if cell["series"] and busy(cell) > 1.2:
-            found.append(f"{where}: other work took {busy(cell) - 1:.0%} of the time.")
+            found.append(
+                f"{where}: wall time was {busy(cell):.1f} times processor time, so "
+                f"other work ran beside it."
+            )
     return found
 
 
@@ -297,33 +172,35 @@ def sections(results: dict[str, Any]) -> dict[str, str]:
     """Write every table of a run.
 
     Returns:
-        Markdown by name: ``machine``, ``featurize``, ``store``, ``project``,
-        ``exponents``, ``scoring``, ``warnings``; empty where there is nothing.
+        Markdown by the names in `TITLES`; empty where there is nothing.
     """
     kinds: dict[str, list[Cell]] = defaultdict(list)
     for cell in results["cells"]:
         kinds[cell["kind"]].append(cell)
     machine = "\n".join(f"- {name}: {v}" for name, v in results["machine"].items())
-    featurize = featurize_table(kinds["featurize"]) if kinds["featurize"] else ""
-    project = project_table(kinds["project"]) if kinds["project"] else ""
+    f, p = kinds["featurize"], kinds["project"]
     return {
         "machine": machine,
-        "featurize": f"{featurize}\n\n{FOOTNOTE}" if featurize else "",
-        "store": store_table(kinds["featurize"]),
-        "project": f"{project}\n\n{FOOTNOTE}" if project else "",
+        "featurize": f"{featurize_table(f)}\n\n{FOOTNOTE}" if f else "",
+        "processor": featurize_table(f, "cpu") if f else "",
+        "memory": memory_table(f) if f else "",
+        "store": store_table(f),
+        "project": f"{project_table(p)}\n\n{FOOTNOTE}" if p else "",
+        "scoring": scoring_table(kinds["score"]),
         "exponents": exponent_table(results["exponents"]),
-        "scoring": results["scoring"].get("table", ""),
         "warnings": "\n".join(f"- {line}" for line in warnings(results)),
     }
 
 
 TITLES = {
     "machine": "Machine",
-    "featurize": "Featurize, one example",
+    "featurize": "Featurizing, ms an example",
+    "processor": "Featurizing, ms of processor time an example",
+    "memory": "Featurizing, peak memory in MiB",
     "store": "What the store costs",
     "project": "Projection alone, ms an example",
+    "scoring": "Finalizing and scoring",
     "exponents": "How cost grows",
-    "scoring": "Finalize and score",
     "warnings": "To know",
 }
 

@@ -15,7 +15,18 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("models", "plan", "turns", "cells", "report", "plot", "worker", "saver")
+MODULES = (
+    "models",
+    "plan",
+    "turns",
+    "cells",
+    "tables",
+    "scoring",
+    "report",
+    "plot",
+    "worker",
+    "saver",
+)
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +329,7 @@ def a_result(**changed: Any) -> dict[str, Any]:
 
 def test_numbers_have_three_digits(speed):
     values = [0.04567, 0.9999, 1.234, 45.67, 99.94, 1234.5, math.nan]
-    assert [speed.report.number(value) for value in values] == [
+    assert [speed.tables.number(value) for value in values] == [
         "0.046",
         "1.00",
         "1.23",
@@ -330,13 +341,17 @@ def test_numbers_have_three_digits(speed):
 
 
 def test_a_table_marks_what_is_extrapolated(speed):
-    line = speed.report.featurize_table([a_result()]).splitlines()[2]
+    line = speed.tables.featurize_table([a_result()]).splitlines()[2]
     assert "| ≈ 2,346 |" in line
     assert "| 2.00 (1.50-2.50) |" in line
     without = a_result()
     without["series"]["theirs"] = {"how": "does not fit: 9 GiB", "turns": []}
-    line = speed.report.featurize_table([without]).splitlines()[2]
+    line = speed.tables.featurize_table([without]).splitlines()[2]
     assert "| does not fit |" in line
+    line = speed.tables.featurize_table([a_result()], "cpu").splitlines()[2]
+    assert "| 0.909 | 1.82 | ≈ 2,132 |" in line
+    line = speed.tables.memory_table([a_result()]).splitlines()[2]
+    assert line.endswith("| 669,706 | 10.0 | 20.0 | 23,456 |")
 
 
 def test_exponents_are_slopes(speed):
@@ -349,6 +364,42 @@ def test_exponents_are_slopes(speed):
     assert "theirs 1.00" in speed.report.exponent_table(found)
 
 
+STEP = {"n": 400, "p": 64, "m": 8, "checkpoints": 1, "name": "finalize"}
+STEP |= {"seconds": 3.0, "floor": 2.0, "plain": 4.0, "memory": 0.5}
+SCORED = {
+    "kind": "score",
+    "machine": {"threads": 2},
+    "steps": [STEP],
+    "exponents": {"n": {"finalize": 0.98}},
+}
+
+
+def test_scoring_has_the_tables_of_the_rest(speed):
+    line = speed.scoring.scoring_table([SCORED]).splitlines()[2]
+    assert line == ("| 400 | 64 | 8 | 1 | 2 | finalize | 3.00 | 1.50 | 0.750 | 0.500 |")
+    (found,) = speed.report.all_exponents([SCORED])
+    assert (found["along"], found["sizes"]) == ("n", [100, 200, 400])
+    assert speed.main.outline(SCORED) == "finalize / floor 1.5"
+    assert speed.report.warnings({"cells": [SCORED]}) == []
+
+
+def test_scoring_that_fails_says_why(speed, monkeypatch, tmp_path):
+    script = tmp_path / "scoring.py"
+    script.write_text("raise SystemExit('no room')")
+    monkeypatch.setattr(speed.scoring, "SCRIPT", script)
+    with pytest.raises(speed.turns.WorkerError, match="failed: no room"):
+        speed.scoring.run_scoring(speed.plan.Score(10), tmp_path)
+    script.write_text(
+        "import json, pathlib, sys\n"
+        "path = sys.argv[sys.argv.index('--json') + 1]\n"
+        "pathlib.Path(path).write_text(json.dumps({'steps': sys.argv[1:]}))\n"
+    )
+    score = speed.plan.Score(10, exponents=True)
+    found = speed.scoring.run_scoring(score, tmp_path)
+    assert found["steps"][:2] == ["--n", "10"]
+    assert found["steps"][-1] == "--exponents"
+
+
 def test_other_work_and_failures_are_reported(speed):
     cell = a_result(grams={"difference": 1.0, "chance": 0.1})
     cell["series"]["theirs"] = {"how": "failed: vmap", "turns": []}
@@ -358,13 +409,13 @@ def test_other_work_and_failures_are_reported(speed):
     assert [line.split(": ", 1)[1] for line in found] == [
         "inner products differ by 1 of the trace, chance is 0.1: not the same work.",
         "theirs: failed: vmap",
-        "other work took 100% of the time.",
+        "wall time was 2.0 times processor time, so other work ran beside it.",
     ]
     assert speed.report.warnings({"cells": [a_result()]}) == []
 
 
 def test_a_page_is_filled_again_and_again(speed):
-    results = {"machine": {"cores": "2"}, "cells": [], "exponents": [], "scoring": {}}
+    results = {"machine": {"cores": "2"}, "cells": [], "exponents": []}
     page = "a\n<!-- speed:machine -->\nold\n<!-- end -->\nb\n<!-- speed:store -->\n<!-- end -->"
     once = speed.report.fill(page, results)
     assert "\n- cores: 2\n" in once
@@ -375,7 +426,7 @@ def test_a_page_is_filled_again_and_again(speed):
 
 def test_the_page_has_a_place_for_every_table(speed):
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
-    results = {"machine": {}, "cells": [], "exponents": [], "scoring": {}}
+    results = {"machine": {}, "cells": [], "exponents": []}
     for name in speed.report.sections(results):
         assert f"<!-- speed:{name} -->" in page
 
@@ -387,7 +438,7 @@ def test_the_smallest_run_of_ours_alone(speed, tmp_path):
     plan = speed.plan.Plan(
         featurize=(speed.plan.Featurize("mlp", 3, 64, in_memory=True),),
         project=(speed.plan.Project(50, 3, 16),),
-        scoring=(),
+        score=(),
         budget=0.1,
         cap=1.0,
         rounds=2,
@@ -398,7 +449,7 @@ def test_the_smallest_run_of_ours_alone(speed, tmp_path):
     kept: list[int] = []
     results = speed.main.measure(
         bench,
-        ["featurize", "project", "scoring"],
+        ["featurize", "project", "score"],
         lines.append,
         lambda results: kept.append(len(results["cells"])),
     )
@@ -412,10 +463,11 @@ def test_the_smallest_run_of_ours_alone(speed, tmp_path):
         assert [turn[0] for turn in series["turns"]] == [0, 1]
         assert series["peak"] > 0
     assert featurized["ratios"]["ours / floor"]["wall"]["rounds"] == 2
-    assert "ours sparse auto" in projected["series"]
+    assert any(name.startswith("ours sparse") for name in projected["series"])
+    results["cells"].append(SCORED)
     speed.main.write(results, tmp_path / "results")
     text = (tmp_path / "results" / "speed.md").read_text(encoding="utf-8")
-    assert "| MLP 784-512-512-10 | 669,706 | 3 | 64 |" in text
+    assert "| MLP 784-512-512-10 | 3 | 64 | 1 |" in text
     assert (tmp_path / "results" / "speed.svg").stat().st_size > 1000
     assert not list(tmp_path.glob("speed-*")), "a store was left behind"
 
