@@ -214,14 +214,15 @@ class Engine:
             return changed
         for station in self.ladder.stations:
             spare = {it.layout for it in self._last.spare if it.name == station.name}
-            is_wrong = not wrong.keys().isdisjoint(station.by_rule.values())
+            served = {*station.by_rule.values(), *station.by_module.values()}
+            is_wrong = not wrong.keys().isdisjoint(served)
             is_view = station.name in self._last.views
             if is_wrong and is_view and not station.copies_outputs:
                 station.copies_outputs = True
-                changed.update(station.by_rule.values())
+                changed |= served
             elif is_wrong and spare:
                 station.excluded |= spare
-                changed.update(station.by_rule.values())
+                changed |= served
             for local, name in station.copied.items():
                 if name in wrong and len(station.ranks[local]) > 1:
                     del station.ranks[local][0]
@@ -341,15 +342,19 @@ class Engine:
         """Learn from an error in a pass; raise it if the model alone raises it."""
         with torch.no_grad():
             self.outputs(batch)
-        expanded = {use.name for use in tape.used if use.layout in EXPANDED}
+        self._last = tape
+        said = shortened(str(error))
+        self.distrust(f"{type(error).__name__} in a pass with hooks: {said}")
+
+    def distrust(self, reason: str) -> None:
+        """Expand nothing over the batch any more; if nothing was, use no hooks."""
+        used = set() if self._last is None else self._last.used
+        expanded = {use.name for use in used if use.layout in EXPANDED}
         suspects = [it for it in self.ladder.stations if it.name in expanded]
         for station in suspects:
             station.excluded |= EXPANDED
-            reason = f"a copy for each example raises {type(error).__name__}: {shortened(str(error))}"
             self.ladder.move_down(list(station.copied.values()), reason)
         if not suspects:
-            said = shortened(str(error))
-            reason = f"{type(error).__name__} in a pass with hooks: {said}"
             self.ladder.move_down(self.ladder.served_by(*HOOKED), reason)
 
 

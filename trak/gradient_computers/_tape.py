@@ -196,6 +196,10 @@ class Tape:
         self.used.add(Use(station.name, Layout.ROWS, self._b > 1))
         for place in tapped:
             self.dtypes.add(leaves[place].dtype)
+            if leaves[place]._is_view():
+                self.views.add(station.name)
+                if station.copies_outputs:
+                    leaves[place] = leaves[place].clone()
             if not leaves[place].requires_grad or leaves[place].is_leaf:
                 leaves[place] = start(leaves[place], self._anchor)
         inputs, again = flatten((args, kwargs))
