@@ -17,7 +17,7 @@ from trak._batches import (
 )
 from trak._params import Selection
 from trak._types import Batch
-from trak.errors import GradientError, TaskError, TrakError
+from trak.errors import GradientError, TaskError
 from trak.gradient_computers._functional import FunctionalGradientComputer
 from trak.gradient_computers._ladder import HOOKED, Ladder, Rung
 from trak.gradient_computers._layouts import EXPANDED
@@ -308,8 +308,6 @@ class Engine:
                     tape.needs_proof = True
                 elif outputs.requires_grad:
                     torch.autograd.backward(outputs, torch.ones_like(outputs))
-        except TrakError:
-            raise
         except BLAMABLE as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -347,7 +345,14 @@ class Engine:
         self.distrust(f"{type(error).__name__} in a pass with hooks: {said}")
 
     def distrust(self, reason: str) -> None:
-        """Expand nothing over the batch any more; if nothing was, use no hooks."""
+        """Expand nothing over the batch any more; if nothing was, use no hooks.
+
+        Args:
+            reason: What went wrong, for users.
+
+        Raises:
+            GradientError: If there are no hooks to blame.
+        """
         used = set() if self._last is None else self._last.used
         expanded = {use.name for use in used if use.layout in EXPANDED}
         suspects = [it for it in self.ladder.stations if it.name in expanded]
@@ -355,7 +360,10 @@ class Engine:
             station.excluded |= EXPANDED
             self.ladder.move_down(list(station.copied.values()), reason)
         if not suspects:
-            self.ladder.move_down(self.ladder.served_by(*HOOKED), reason)
+            hooked = self.ladder.served_by(*HOOKED)
+            if not hooked:
+                raise GradientError(unrest(self.modelout_fn))
+            self.ladder.move_down(hooked, reason)
 
 
 def shortened(message: str) -> str:

@@ -103,8 +103,8 @@ def prove(engine: Subject, batch: Batch, limit: int = EXAMPLES) -> bool:
 def unrest(task: object) -> str:
     """Say that no way of computing gradients holds for two batches."""
     return (
-        f"The gradients of {type(task).__name__} come out otherwise whichever way they are "
-        f"computed; pass gradient_computer=IterativeGradientComputer."
+        f"The outputs or gradients of {type(task).__name__} are others each time they are "
+        f"computed. Is there chance in the model, or in the task?"
     )
 
 

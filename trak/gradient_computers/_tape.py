@@ -157,8 +157,10 @@ class Tape:
         layouts = [it for it in layouts if it not in station.excluded]
         if not layouts:
             reason = (
-                f"its output of shape {tuple(output.shape)} does not hold a batch of "
-                f"{self._b} in a known way"
+                "it differs from autograd's gradient; is the weight used elsewhere?"
+                if station.excluded
+                else f"its output of shape {tuple(output.shape)} holds a batch of "
+                f"{self._b} in no known way"
             )
             self._fail(station, station.by_rule, reason)
             return output
