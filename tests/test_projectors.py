@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -321,6 +322,33 @@ def test_plans_are_bounded_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     projector.free_memory()
     assert plans.bytes == 0
     assert torch.equal(projector.project(x, model_id=0), first)
+
+
+def test_some_of_too_many_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw = _sparse._plan
+
+    def counted(*arguments: Any) -> Any:
+        drawn.append(arguments[1])
+        return draw(*arguments)
+
+    monkeypatch.setattr(_sparse, "_plan", counted)
+    monkeypatch.setattr(_sparse, "_CACHE_BYTES", 20000)
+    monkeypatch.setattr(_sparse, "_PIECE", 128)
+    projector = SparseProjector(1280, 16, backend="torch")
+    x = gradients(2, 1280)
+    projector.project(x, model_id=0)
+    assert len(drawn) == 10
+    held = projector._plans.bytes
+    projector.project(x, model_id=0)
+    assert len(drawn) < 20
+    # Those of another checkpoint take their place in the end.
+    for _ in range(6):
+        projector.project(x, model_id=1)
+    assert projector._plans.bytes == held
+    drawn.clear()
+    projector.project(x, model_id=1)
+    assert len(drawn) < 10
 
 
 def test_plans_are_reused() -> None:

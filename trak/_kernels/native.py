@@ -22,7 +22,7 @@ from torch import Tensor
 from trak._signs import Key
 from trak.errors import BackendError
 
-SOURCES: Final = ("native.c", "native.h", "native_variants.h")
+SOURCES: Final = ("native.c", "native.h", "native_dense.h", "native_variants.h")
 """What the library is compiled from; ``setup.py`` puts their digest into it."""
 
 _LIBRARY: Final = "_native.so"

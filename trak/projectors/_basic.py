@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Final
 
 import torch
 from jaxtyping import Float, Int
@@ -34,8 +33,6 @@ _DENSE = (ProjectionType.normal, ProjectionType.rademacher)
 # for normals is eight times the tile. Measured on two CPU cores: a factor of 4 either
 # way costs 20 to 50 %.
 _TILE_ENTRIES = {"rademacher": 2**20, "normal": 2**18}
-# Entries are made once for all rows of a piece, so pieces should have many rows.
-_BLOCK_BYTES: Final = 256 * 2**20
 _PER_DRAW = {"rademacher": SIGNS_PER_DRAW, "normal": NORMALS_PER_DRAW}
 
 
@@ -103,8 +100,6 @@ class NoOpProjector(AbstractProjector):
 
 class _DenseProjector(AdditiveProjector):
     """What the dense projectors share; `outputs` is how many are made at a time."""
-
-    block_bytes: ClassVar[int] = _BLOCK_BYTES
 
     def __init__(
         self,
