@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -30,7 +29,7 @@ from trak.gradient_computers._remaining import (
 from trak.gradient_computers._replay import Recording
 from trak.gradient_computers._self_check import BLAMABLE, is_close
 from trak.gradient_computers._sinks import GradientSink
-from trak.gradient_computers._stations import Station, Use
+from trak.gradient_computers._stations import NOT_AUTOGRADS, Station, Use
 from trak.gradient_computers._tape import Tape
 from trak.modelout_functions import AbstractModelOutput
 
@@ -204,8 +203,7 @@ class Engine:
                     f"The gradient of {name!r} differs by {share:.2g} from one computation "
                     f"to the next; is the output of {type(self.modelout_fn).__name__} random?"
                 )
-            off = "infinitely" if math.isinf(share) else f"by {share:.2g}"
-            self.ladder.move_down([name], f"it differs {off} from autograd's gradient")
+            self.ladder.move_down([name], NOT_AUTOGRADS)
 
     def _other_arrangements(self, wrong: Mapping[str, float]) -> set[str]:
         """Change how wrong parameters are served where they are; return those."""

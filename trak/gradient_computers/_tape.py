@@ -40,7 +40,7 @@ from trak.gradient_computers._module_gradients import (
     output_dims,
 )
 from trak.gradient_computers._sinks import GradientSink
-from trak.gradient_computers._stations import Finding, Station, Use
+from trak.gradient_computers._stations import NOT_AUTOGRADS, Finding, Station, Use
 
 
 class Tape:
@@ -157,11 +157,14 @@ class Tape:
         layouts = [it for it in layouts if it not in station.excluded]
         if not layouts:
             reason = (
-                "it differs from autograd's gradient; is the weight used elsewhere?"
-                if station.excluded
-                else f"its output of shape {tuple(output.shape)} holds a batch of "
-                f"{self._b} in no known way"
+                f"its output of shape {tuple(output.shape)} holds a batch of {self._b} "
+                f"in no known way"
             )
+            if station.excluded:
+                self.findings.append(
+                    Finding(station, tuple(station.by_rule.values()), NOT_AUTOGRADS)
+                )
+                return output
             self._fail(station, station.by_rule, reason)
             return output
         layout = layouts[0]
