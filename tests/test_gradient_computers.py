@@ -16,6 +16,7 @@ from trak.errors import GradientError, TaskError
 from trak.gradient_computers import (
     AbstractGradientComputer,
     FunctionalGradientComputer,
+    HookGradientComputer,
     IterativeGradientComputer,
 )
 from trak.modelout_functions import (
@@ -31,6 +32,10 @@ from trak.modelout_functions import (
 
 class TestFunctional(GradientComputerContract):
     kind = FunctionalGradientComputer
+
+
+class TestHooks(GradientComputerContract):
+    kind = HookGradientComputer
 
 
 class TestIterative(GradientComputerContract):

@@ -11,7 +11,7 @@ import torch
 from tests.bench import Bench
 from trak._seams import check_same_projector, describe_projector, has_batched_form
 from trak.errors import OptionError, StoreMismatchError
-from trak.gradient_computers import FunctionalGradientComputer
+from trak.gradient_computers import FunctionalGradientComputer, HookGradientComputer
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.projectors import (
     AbstractProjector,
@@ -33,7 +33,7 @@ class Plain(AbstractProjector):
 def test_defaults(tmp_path: Path) -> None:
     traker = Bench(tmp_path).traker
     assert type(traker.projector) is SparseProjector
-    assert type(traker.gradient_computer) is FunctionalGradientComputer
+    assert type(traker.gradient_computer) is HookGradientComputer
     assert type(traker.score_computer) is BasicScoreComputer
     assert type(traker.saver) is MmapSaver
 

@@ -28,13 +28,18 @@ from trak._batches import take
 from trak.errors import OptionError, SingularKernelError
 from trak.gradient_computers import (
     FunctionalGradientComputer,
+    HookGradientComputer,
     IterativeGradientComputer,
 )
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.projectors import BasicProjector, NoOpProjector, SparseProjector
 from trak.score_computers import BasicScoreComputer, BasicSingleBlockScoreComputer
 
-COMPUTERS = [FunctionalGradientComputer, IterativeGradientComputer]
+COMPUTERS = [
+    HookGradientComputer,
+    FunctionalGradientComputer,
+    IterativeGradientComputer,
+]
 
 
 @pytest.mark.parametrize("computer", COMPUTERS)
@@ -200,7 +205,8 @@ def test_gradient_blocks_bound_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = classification(mlp(), 4)
-    expected = run(problem, tmp_path / "whole")
+    options = {"gradient_computer": FunctionalGradientComputer}
+    expected = run(problem, tmp_path / "whole", **options)
     sizes = []
     compute = FunctionalGradientComputer.compute_per_sample_grad
 
@@ -210,7 +216,7 @@ def test_gradient_blocks_bound_memory(
 
     monkeypatch.setattr(FunctionalGradientComputer, "compute_per_sample_grad", record)
     monkeypatch.setattr(FunctionalGradientComputer, "max_block_bytes", 4 * 43 * 3)
-    scores = run(problem, tmp_path / "blocks")
+    scores = run(problem, tmp_path / "blocks", **options)
     assert sizes == [3, 3, 3, 2, 3, 1]
     assert_scores(scores, expected, 1e-5)
 

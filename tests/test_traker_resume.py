@@ -33,7 +33,7 @@ from trak.errors import (
     StoreMismatchError,
     TrakWarning,
 )
-from trak.gradient_computers import FunctionalGradientComputer
+from trak.gradient_computers import HookGradientComputer
 
 
 def bits(scores: torch.Tensor) -> bytes:
@@ -86,7 +86,7 @@ def test_stored_rows_are_not_computed_again(
     def refuse(self: Any, batch: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(FunctionalGradientComputer, "compute_per_sample_grad", refuse)
+    monkeypatch.setattr(HookGradientComputer, "stream_per_sample_grads", refuse)
     assert bits(run(problem, tmp_path)) == bits(expected)
 
 

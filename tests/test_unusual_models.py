@@ -26,6 +26,7 @@ from trak._batches import row_digests
 from trak.errors import CheckpointError, GradientError, OptionError, OrderError
 from trak.gradient_computers import (
     FunctionalGradientComputer,
+    HookGradientComputer,
     IterativeGradientComputer,
 )
 from trak.modelout_functions import resolve_task
@@ -49,7 +50,8 @@ def assign_by_hand(problem: Problem) -> None:
 
 @pytest.mark.parametrize("change", [train_on, load_by_hand, assign_by_hand])
 @pytest.mark.parametrize(
-    "computer", [FunctionalGradientComputer, IterativeGradientComputer]
+    "computer",
+    [HookGradientComputer, FunctionalGradientComputer, IterativeGradientComputer],
 )
 def test_a_model_that_changed_since_it_was_loaded(
     tmp_path: Path, computer: type, change: Callable[[Problem], None]
@@ -138,7 +140,7 @@ def test_the_functional_engine_cannot_call_data_parallel(tmp_path: Path) -> None
     problem = classification(mlp(), 4)
     problem.model = torch.nn.DataParallel(problem.model)
     with pytest.raises(GradientError, match=r"model\.module"):
-        make(problem, tmp_path)
+        make(problem, tmp_path, gradient_computer=FunctionalGradientComputer)
 
 
 def test_a_model_without_values(tmp_path: Path) -> None:

@@ -1,9 +1,8 @@
-"""From a batch to rows of the store: gradients, projection, checks, writing, reading."""
+"""From a batch to rows of the store: checks, writing, reading."""
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,20 +10,11 @@ import torch
 from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
-from trak._batches import copied, describe_value, take
 from trak._layout import DONE, PENDING, SKIPPED
 from trak._linalg import RowReader, decode_half, encode_half
-from trak._params import Selection, first_non_finite
+from trak._pipeline import Pipeline
 from trak._types import Batch
-from trak.errors import (
-    GradientError,
-    NonFiniteError,
-    StaleRowError,
-    StoreWriteError,
-    TaskError,
-)
-from trak.gradient_computers import AbstractGradientComputer
-from trak.projectors import AbstractProjector
+from trak.errors import StaleRowError, StoreWriteError
 
 Store = MutableMapping[str, Any]
 
@@ -32,115 +22,6 @@ SAME_ROW = 0.05
 """Relative difference above which two gradients are not of the same example.
 
 Other batch sizes differ by 1e-5 or so, half-precision storage by 5e-4."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """What turns an example into a row, for one checkpoint."""
-
-    computer: AbstractGradientComputer
-    projector: AbstractProjector
-    selection: Selection
-    model_id: int
-    proj_dim: int
-    scale: float
-    """What projected gradients are divided by: the square root of ``d``."""
-
-    what: str
-    """``"training example"`` or ``"target"``, for messages."""
-
-    weighted: bool
-    """Whether to ask the task for out-to-loss weights, which checks the labels too."""
-
-    def rows(self, batch: Batch, size: int) -> Float32[Tensor, "b p"]:
-        r"""Compute :math:`P^\top \nabla f(z_i) / \sqrt{d}` for every example of a batch.
-
-        Args:
-            batch: The examples.
-            size: Their number, ``b``.
-
-        Returns:
-            The rows; NaN where a gradient is not finite. Shape ``(b, p)``.
-
-        Raises:
-            GradientError: If gradients or projections do not have the right shape.
-        """
-        blocks = getattr(self.computer, "per_sample_grad_blocks", None)
-        whole = self.computer.compute_per_sample_grad
-        batch = copied(batch)
-        grads = blocks(batch) if blocks else [whole(batch=batch)]
-        pieces = []
-        by_parameter = getattr(self.projector, "by_parameter", False)
-        for block in grads:
-            if by_parameter and isinstance(block, Tensor):
-                block = self.selection.split(block)
-            pieces.append(self.projector.project(block, model_id=self.model_id))
-        rows = torch.cat(pieces).detach()
-        if rows.shape != (size, self.proj_dim):
-            raise GradientError(
-                f"{type(self.projector).__name__} gave rows of shape {tuple(rows.shape)} "
-                f"for a batch of {size}; ({size}, {self.proj_dim}) is needed."
-            )
-        return rows.float() / self.scale
-
-    def out_to_loss(self, batch: Batch, size: int) -> Float32[Tensor, "b 1"]:
-        """Compute the out-to-loss weight of every example of a batch.
-
-        Args:
-            batch: The examples.
-            size: Their number, ``b``.
-
-        Returns:
-            The weights. Shape ``(b, 1)``.
-
-        Raises:
-            TaskError: If the task gives another number of them.
-        """
-        weights: object = self.computer.compute_loss_grad(copied(batch))
-        if isinstance(weights, Tensor) and weights.shape in {(size,), (size, 1)}:
-            return weights.detach().reshape(size, 1).float()
-        raise TaskError(
-            f"{type(self.computer.modelout_fn).__name__}.get_out_to_loss_grad gave "
-            f"{describe_value(weights)} for a batch of {size}; a tensor of shape "
-            f"({size}, 1) is needed."
-        )
-
-    def non_finite(
-        self, batch: Batch, position: int, index: int, weight: Tensor | None
-    ) -> NonFiniteError:
-        """Say which example of a batch has a NaN or an infinity, and where.
-
-        Args:
-            batch: The examples.
-            position: The example's position in it.
-            index: Its row in the store.
-            weight: Its out-to-loss weight, where there is one.
-
-        Returns:
-            The error to raise.
-        """
-        where, parameter = "its projected gradient", None
-        if weight is not None and not torch.isfinite(weight).all():
-            where = "its out-to-loss gradient"
-        else:
-            example = copied(take(batch, slice(position, position + 1)))
-            grads = self.computer.compute_per_sample_grad(batch=example)
-            if isinstance(grads, Tensor) and grads.shape[-1] == self.selection.grad_dim:
-                grads = self.selection.split(grads)
-            if not isinstance(grads, Tensor):
-                parameter = first_non_finite(grads.items())
-            if parameter:
-                where = f"its gradient, first for the parameter {parameter!r}"
-        remedy = "Check the example and the model's output for it"
-        if self.what == "training example":
-            remedy += ", or pass on_non_finite='skip' to leave such examples out"
-        return NonFiniteError(
-            f"{self.what} {index} has a NaN or an infinity in {where} (model id "
-            f"{self.model_id}). {remedy}. Nothing of this batch was stored.",
-            index=index,
-            model_id=self.model_id,
-            parameter=parameter,
-        )
 
 
 def store_batch(
@@ -176,8 +57,7 @@ def store_batch(
     changed = changed_rows(store, prefix, inds, digests, ~pending)
     if not (pending.any() or changed.any()):
         return
-    weights = pipeline.out_to_loss(batch, len(inds)) if pipeline.weighted else None
-    rows = pipeline.rows(batch, len(inds))
+    rows, weights = pipeline.compute(batch, len(inds))
     check_same_rows(store, prefix, flag, inds, rows, changed, pipeline.what)
     if not pending.any():
         return

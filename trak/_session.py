@@ -20,7 +20,7 @@ from trak._checkpoints import (
     load_weights,
     note_loaded,
 )
-from trak._featurizing import Pipeline, first_difference, store_batch
+from trak._featurizing import first_difference, store_batch
 from trak._layout import PENDING, check_exp_name
 from trak._options import (
     NonFinitePolicy,
@@ -30,6 +30,7 @@ from trak._options import (
     parse_model_ids,
     parse_rows,
 )
+from trak._pipeline import Pipeline
 from trak._readiness import require_finalized
 from trak._seams import has_batched_form
 from trak._types import Batch

@@ -26,7 +26,7 @@ from trak._seams import (
 from trak._session import Session
 from trak._types import Batch, GradWrt
 from trak.errors import OptionError
-from trak.gradient_computers import FunctionalGradientComputer
+from trak.gradient_computers import HookGradientComputer
 from trak.modelout_functions import AbstractModelOutput, resolve_task
 from trak.projectors import AbstractProjector
 from trak.savers import MmapSaver
@@ -84,7 +84,7 @@ class TRAKer:
         save_dir: str | Path = "./trak_results",
         load_from_save_dir: bool = True,  # noqa: FBT001  0.3.2's signature
         device: str | torch.device | None = None,
-        gradient_computer: Any = FunctionalGradientComputer,
+        gradient_computer: Any = HookGradientComputer,
         projector: Any = None,
         saver: Any = None,
         score_computer: Any = None,

@@ -27,7 +27,7 @@ from tests.compat.problem import (
     textbook,
 )
 from trak.errors import StoreMismatchError
-from trak.gradient_computers import FunctionalGradientComputer
+from trak.gradient_computers import HookGradientComputer
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.projectors import (
     BasicProjector,
@@ -45,7 +45,7 @@ def test_attributes_of_the_façade(tmp_path: Path) -> None:
     traker = make(tmp_path, model=model, projector_seed=4, lambda_reg=0.25)
     assert traker.model is model
     assert isinstance(traker.task, ImageClassificationModelOutput)
-    assert isinstance(traker.gradient_computer, FunctionalGradientComputer)
+    assert isinstance(traker.gradient_computer, HookGradientComputer)
     assert isinstance(traker.score_computer, BasicScoreComputer)
     assert isinstance(traker.saver, MmapSaver)
     assert isinstance(traker.logger, logging.Logger)

@@ -14,6 +14,7 @@ from trak import TRAKer, utils
 from trak.gradient_computers import (
     AbstractGradientComputer,
     FunctionalGradientComputer,
+    HookGradientComputer,
     IterativeGradientComputer,
 )
 from trak.modelout_functions import (
@@ -41,7 +42,8 @@ TRAKER = {
     "save_dir": "./trak_results",
     "load_from_save_dir": True,
     "device": None,  # "cuda" in 0.3.2
-    "gradient_computer": FunctionalGradientComputer,
+    # 0.3.2: FunctionalGradientComputer, which gives the same gradients more slowly.
+    "gradient_computer": HookGradientComputer,
     "projector": None,
     "saver": None,
     "score_computer": None,

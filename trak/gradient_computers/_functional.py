@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from trak._batches import (
@@ -84,10 +85,29 @@ class FunctionalGradientComputer(SelectiveGradientComputer):
             GradientError: If ``torch.func`` cannot vectorise this model.
             TrakError: Whatever the task itself raises.
         """
+        return self.differentiate(batch)[0]
+
+    def differentiate(
+        self, batch: Batch
+    ) -> tuple[dict[str, Tensor], Float[Tensor, " b"]]:
+        r"""Compute outputs and gradients, as :meth:`compute_per_sample_grad` does.
+
+        Args:
+            batch: Tensors in any nesting, with one row for each example.
+
+        Returns:
+            The gradients, and the outputs :math:`f(z_i; \theta)` of shape ``(b,)``.
+
+        Raises:
+            TaskError: If the task's output for one example is not a scalar.
+            GradientError: If ``torch.func`` cannot vectorise this model.
+            TrakError: Whatever the task itself raises.
+        """
         selected = {name: self.func_weights[name] for name in self.selection.names}
         leaves = row_leaves(batch)
         if batch_size(batch) == 0:
-            return {name: w.new_empty(0, *w.shape) for name, w in selected.items()}
+            grads = {name: w.new_empty(0, *w.shape) for name, w in selected.items()}
+            return grads, torch.empty(0)
 
         def output(chosen: dict[str, Tensor], *example: Tensor) -> Tensor:
             arguments = as_arguments(rebuild(batch, list(example)))
@@ -120,8 +140,7 @@ class FunctionalGradientComputer(SelectiveGradientComputer):
             for name, grad in grads.items():
                 shape = (-1, *[1] * (grad.ndim - 1))
                 grads[name] = grad.where(finite.reshape(shape), torch.nan)
-        result: dict[str, Tensor] = grads
-        return result
+        return grads, values.detach()
 
     def compute_loss_grad(self, batch: Batch) -> Tensor:
         """Compute the out-to-loss gradient of every example of a batch.

@@ -20,6 +20,7 @@ from trak._batches import (
 from trak._types import Batch
 from trak.errors import GradientError, TaskError, TrakError
 from trak.gradient_computers._abstract import SelectiveGradientComputer
+from trak.gradient_computers._self_check import check_alone
 from trak.modelout_functions import AbstractModelOutput
 
 
@@ -89,7 +90,8 @@ class IterativeGradientComputer(SelectiveGradientComputer):
                 f"The outputs of {type(self.modelout_fn).__name__} do not depend on any "
                 f"selected parameter through autograd; does it detach, or use no_grad?"
             )
-        self._check_alone(alone, outputs)
+        if isinstance(alone, Tensor):
+            check_alone(self.modelout_fn, alone, outputs[0])
         for i in range(b):
             grads = torch.autograd.grad(
                 outputs[i],
@@ -112,19 +114,6 @@ class IterativeGradientComputer(SelectiveGradientComputer):
             return None
         self._is_checked = True
         return self._outputs(copied(take(batch, slice(0, 1))))
-
-    def _check_alone(self, alone: object, outputs: Float[Tensor, " b"]) -> None:
-        if not isinstance(alone, Tensor):
-            return
-        found, first = float(alone.reshape(-1)[0]), float(outputs[0].detach())
-        # Another batch size rounds otherwise, by 1e-3 where products are TensorFloat-32.
-        if abs(found - first) > 0.02 * max(1.0, abs(first)):
-            raise GradientError(
-                f"{type(self.modelout_fn).__name__} gives an example {found:.6g} alone "
-                f"and {first:.6g} in a batch: its output depends on the others, or on "
-                f"chance, and has no gradient of its own. Use a task and a model that "
-                f"treat examples one by one."
-            )
 
     def _outputs(self, batch: Batch) -> object:
         task = self.modelout_fn
