@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,7 +16,7 @@ from trak._batches import (
 )
 from trak._params import Selection
 from trak._types import Batch
-from trak.errors import GradientError, TaskError, TrakError
+from trak.errors import GradientError, TaskError
 from trak.gradient_computers._functional import FunctionalGradientComputer
 from trak.gradient_computers._ladder import HOOKED, Ladder, Rung
 from trak.gradient_computers._layouts import EXPANDED
@@ -30,7 +29,7 @@ from trak.gradient_computers._remaining import (
 from trak.gradient_computers._replay import Recording
 from trak.gradient_computers._self_check import BLAMABLE, is_close
 from trak.gradient_computers._sinks import GradientSink
-from trak.gradient_computers._stations import Station, Use
+from trak.gradient_computers._stations import NOT_AUTOGRADS, Station, Use
 from trak.gradient_computers._tape import Tape
 from trak.modelout_functions import AbstractModelOutput
 
@@ -204,8 +203,7 @@ class Engine:
                     f"The gradient of {name!r} differs by {share:.2g} from one computation "
                     f"to the next; is the output of {type(self.modelout_fn).__name__} random?"
                 )
-            off = "infinitely" if math.isinf(share) else f"by {share:.2g}"
-            self.ladder.move_down([name], f"it differs {off} from autograd's gradient")
+            self.ladder.move_down([name], NOT_AUTOGRADS)
 
     def _other_arrangements(self, wrong: Mapping[str, float]) -> set[str]:
         """Change how wrong parameters are served where they are; return those."""
@@ -214,14 +212,15 @@ class Engine:
             return changed
         for station in self.ladder.stations:
             spare = {it.layout for it in self._last.spare if it.name == station.name}
-            is_wrong = not wrong.keys().isdisjoint(station.by_rule.values())
+            served = {*station.by_rule.values(), *station.by_module.values()}
+            is_wrong = not wrong.keys().isdisjoint(served)
             is_view = station.name in self._last.views
             if is_wrong and is_view and not station.copies_outputs:
                 station.copies_outputs = True
-                changed.update(station.by_rule.values())
+                changed |= served
             elif is_wrong and spare:
                 station.excluded |= spare
-                changed.update(station.by_rule.values())
+                changed |= served
             for local, name in station.copied.items():
                 if name in wrong and len(station.ranks[local]) > 1:
                     del station.ranks[local][0]
@@ -307,8 +306,6 @@ class Engine:
                     tape.needs_proof = True
                 elif outputs.requires_grad:
                     torch.autograd.backward(outputs, torch.ones_like(outputs))
-        except TrakError:
-            raise
         except BLAMABLE as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -341,16 +338,30 @@ class Engine:
         """Learn from an error in a pass; raise it if the model alone raises it."""
         with torch.no_grad():
             self.outputs(batch)
-        expanded = {use.name for use in tape.used if use.layout in EXPANDED}
+        self._last = tape
+        said = shortened(str(error))
+        self.distrust(f"{type(error).__name__} in a pass with hooks: {said}")
+
+    def distrust(self, reason: str) -> None:
+        """Expand nothing over the batch any more; if nothing was, use no hooks.
+
+        Args:
+            reason: What went wrong, for users.
+
+        Raises:
+            GradientError: If there are no hooks to blame.
+        """
+        used = set() if self._last is None else self._last.used
+        expanded = {use.name for use in used if use.layout in EXPANDED}
         suspects = [it for it in self.ladder.stations if it.name in expanded]
         for station in suspects:
             station.excluded |= EXPANDED
-            reason = f"a copy for each example raises {type(error).__name__}: {shortened(str(error))}"
             self.ladder.move_down(list(station.copied.values()), reason)
         if not suspects:
-            said = shortened(str(error))
-            reason = f"{type(error).__name__} in a pass with hooks: {said}"
-            self.ladder.move_down(self.ladder.served_by(*HOOKED), reason)
+            hooked = self.ladder.served_by(*HOOKED)
+            if not hooked:
+                raise GradientError(unrest(self.modelout_fn))
+            self.ladder.move_down(hooked, reason)
 
 
 def shortened(message: str) -> str:

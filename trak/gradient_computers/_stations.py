@@ -10,6 +10,11 @@ from torch import nn
 from trak.gradient_computers._layer_rules import LayerRule
 from trak.gradient_computers._layouts import Layout
 
+NOT_AUTOGRADS = (
+    "its gradient differs from autograd's; is it used where no hook sees it?"
+)
+"""Why a parameter moves down after the self-check."""
+
 MOST_DIMENSIONS = 4
 """Dimensions, without that of the batch, up to which copies of parameters are tried."""
 

@@ -40,7 +40,7 @@ from trak.gradient_computers._module_gradients import (
     output_dims,
 )
 from trak.gradient_computers._sinks import GradientSink
-from trak.gradient_computers._stations import Finding, Station, Use
+from trak.gradient_computers._stations import NOT_AUTOGRADS, Finding, Station, Use
 
 
 class Tape:
@@ -157,9 +157,14 @@ class Tape:
         layouts = [it for it in layouts if it not in station.excluded]
         if not layouts:
             reason = (
-                f"its output of shape {tuple(output.shape)} does not hold a batch of "
-                f"{self._b} in a known way"
+                f"its output of shape {tuple(output.shape)} holds a batch of {self._b} "
+                f"in no known way"
             )
+            if station.excluded:
+                self.findings.append(
+                    Finding(station, tuple(station.by_rule.values()), NOT_AUTOGRADS)
+                )
+                return output
             self._fail(station, station.by_rule, reason)
             return output
         layout = layouts[0]
@@ -196,6 +201,10 @@ class Tape:
         self.used.add(Use(station.name, Layout.ROWS, self._b > 1))
         for place in tapped:
             self.dtypes.add(leaves[place].dtype)
+            if leaves[place]._is_view():
+                self.views.add(station.name)
+                if station.copies_outputs:
+                    leaves[place] = leaves[place].clone()
             if not leaves[place].requires_grad or leaves[place].is_leaf:
                 leaves[place] = start(leaves[place], self._anchor)
         inputs, again = flatten((args, kwargs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,10 @@ from trak._signs import SCHEME, Key, stream_key
 from trak._types import Gradients
 from trak.errors import BatchError, OptionError, UnknownNameError
 from trak.projectors._gradients import check_device, check_segments, named_columns
+
+# Entries are made once for all rows of a piece, and small launches leave most of a GPU
+# idle, so pieces should have many rows.
+BLOCK_BYTES: Final = 256 * 2**20
 
 
 class ProjectionType(str, Enum):
@@ -160,7 +164,7 @@ class AdditiveProjector(AbstractProjector):
     @property
     def block_bytes(self) -> int:
         """Bytes of gradients that `project_into` does best with at a time, about."""
-        return 8 * 2**20
+        return BLOCK_BYTES
 
     def running_backend(self, device: str | torch.device | None = None) -> Backend:
         """Tell which back end sums sketches.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Final
 
 import torch
 from jaxtyping import Float, Int
@@ -34,8 +33,6 @@ _DENSE = (ProjectionType.normal, ProjectionType.rademacher)
 # for normals is eight times the tile. Measured on two CPU cores: a factor of 4 either
 # way costs 20 to 50 %.
 _TILE_ENTRIES = {"rademacher": 2**20, "normal": 2**18}
-# Entries are made once for all rows of a piece, so pieces should have many rows.
-_BLOCK_BYTES: Final = 256 * 2**20
 _PER_DRAW = {"rademacher": SIGNS_PER_DRAW, "normal": NORMALS_PER_DRAW}
 
 
@@ -119,11 +116,6 @@ class _DenseProjector(AdditiveProjector):
         law = parse_projection_type(proj_type, _DENSE)
         super().__init__(grad_dim, proj_dim, seed, law, device, dtype, backend=backend)
         self._outputs = min(outputs, proj_dim)
-
-    @property
-    def block_bytes(self) -> int:
-        """Bytes of gradients that `project_into` does best with at a time, about."""
-        return _BLOCK_BYTES
 
     def _law(self) -> str:
         return ProjectionType(self.proj_type).value

@@ -17,6 +17,7 @@ from trak._kernels.torch_segments import sparse_segments_into
 from trak._signs import Key, block_sizes, sparse_rotations, sparse_signs
 from trak.errors import OptionError
 from trak.projectors._base import (
+    BLOCK_BYTES,
     AdditiveProjector,
     ProjectionType,
     parse_projection_type,
@@ -33,10 +34,8 @@ _ROWS_ELSEWHERE: Final = 256
 _CACHE_BYTES: Final = 128 * 2**20
 # Of as many plans as are kept: what was not asked for so long is another checkpoint's.
 _ROUNDS: Final = 4
-# Kernels read gradients once, while they are in a cache; torch operations draw a plan for
-# each piece, so pieces should have many rows.
-_KERNEL_BLOCK_BYTES: Final = 8 * 2**20
-_TORCH_BLOCK_BYTES: Final = 256 * 2**20
+# Native kernels read gradients once, while they are still in a cache.
+_NATIVE_BLOCK_BYTES: Final = 8 * 2**20
 
 
 class SparseProjector(AdditiveProjector):
@@ -98,9 +97,9 @@ class SparseProjector(AdditiveProjector):
     @property
     def block_bytes(self) -> int:
         """Bytes of gradients that `project_into` does best with at a time, about."""
-        if self.running_backend() is Backend.torch:
-            return _TORCH_BLOCK_BYTES
-        return _KERNEL_BLOCK_BYTES
+        if self.running_backend() is Backend.native:
+            return _NATIVE_BLOCK_BYTES
+        return BLOCK_BYTES
 
     def free_memory(self) -> None:
         """Drop the cached signs and rotations; `project` draws them again."""
