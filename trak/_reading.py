@@ -81,7 +81,7 @@ class StoredRows:
         """Put fetched rows into a place as float32: no tensor aliases a file."""
         rows, exponents = _as_tensor(fetched.rows), fetched.exponents
         if exponents is None or not exponents.any():
-            out.copy_(rows)
+            out.copy_(rows.to(out.device))  # and converted there
         else:
             for low, high in spans(len(rows), max(1, CACHED // max(out.shape[1], 1))):
                 part = torch.from_numpy(exponents[low:high]).to(out.device)
