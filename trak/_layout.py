@@ -105,7 +105,7 @@ def check_exp_name(exp_name: object) -> str:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, place: str = "save_dir") -> Iterator[None]:
     """Name the file and the remedy when the operating system refuses to write.
 
     Raises:
@@ -115,10 +115,10 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = {
-            errno.ENOSPC: "free some space, or use another save_dir",
-            errno.EDQUOT: "free some of your quota, or use another save_dir",
-            errno.EFBIG: "raise the file size limit, or use another save_dir",
-        }.get(error.errno or 0, "use a save_dir that this process can write to")
+            errno.ENOSPC: f"free some space, or use another {place}",
+            errno.EDQUOT: f"free some of your quota, or use another {place}",
+            errno.EFBIG: f"raise the file size limit, or use another {place}",
+        }.get(error.errno or 0, f"use a {place} that this process can write to")
         raise StoreWriteError(
             error.errno,
             f"cannot write {path}: {os.strerror(error.errno or 0)}; {remedy}. What was "
@@ -150,9 +150,9 @@ def _machine() -> str:
 
 
 @contextlib.contextmanager
-def _temporary_beside(path: Path) -> Iterator[Path]:
+def temporary_beside(path: Path, place: str = "save_dir") -> Iterator[Path]:
     """Give a new file's path in the same directory; it is gone afterwards."""
-    with writing(path):
+    with writing(path, place):
         temporary = path.parent / f".trak-{_machine()}-{os.getpid()}-{uuid.uuid4().hex}"
         temporary.touch(exist_ok=False)  # with the permissions that the umask leaves
     try:
@@ -197,7 +197,7 @@ def write_record(
     Raises:
         StoreWriteError: If the file system refuses.
     """
-    with _temporary_beside(path) as temporary, writing(path):
+    with temporary_beside(path) as temporary, writing(path):
         with temporary.open("w") as file:
             json.dump(record, file, indent=1)
             file.flush()
@@ -273,7 +273,7 @@ def create_array(path: Path, shape: tuple[int, int], dtype: str) -> None:
     """
     if path.exists():
         return
-    with _temporary_beside(path) as temporary, writing(path):
+    with temporary_beside(path) as temporary, writing(path):
         write_header(temporary, shape, dtype)
         _publish(temporary, path, replace=False)
 
@@ -308,7 +308,7 @@ def new_array(
     Yields:
         The array, of zeros.
     """
-    with _temporary_beside(path) as temporary:
+    with temporary_beside(path) as temporary:
         with writing(path):
             write_header(temporary, shape, dtype, label)
         array = open_array(temporary, shape, dtype, label=label)

@@ -165,12 +165,8 @@ def dense_normals(
     """
     lanes = torch.arange(outputs.start, outputs.stop, device=device)
     first, last = _draws(start, stop, NORMALS_PER_DRAW)
-    words = _draw(key, first, last, lanes, Domain.DENSE_NORMAL).double()
-    # One is added so that the logarithm's argument is in (0, 1].
-    radius = torch.sqrt(-2 * torch.log((words[..., 0::2] + 1) * 2.0**-32))
-    angle = words[..., 1::2] * (math.tau * 2.0**-32)
-    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
-    values = pairs.float().flatten(1)
+    index = torch.arange(first, last, device=device)
+    values = _normals(_draw(key, index, lanes, Domain.DENSE_NORMAL)).flatten(1)
     begin = start - first * NORMALS_PER_DRAW
     return values[:, begin : begin + stop - start].T
 
@@ -232,9 +228,77 @@ def sparse_rotations(
     """
     lanes = torch.arange(blocks.start, blocks.stop, device=device)
     begin, end = _draws(first, last, ROTATIONS_PER_DRAW)
-    words = _draw(key, begin, end, lanes, Domain.SPARSE_ROTATION).flatten(1)
+    index = torch.arange(begin, end, device=device)
+    words = _draw(key, index, lanes, Domain.SPARSE_ROTATION).flatten(1)
     skip = first - begin * ROTATIONS_PER_DRAW
     return (words[:, skip : skip + last - first] * size) >> 32
+
+
+def entries_at(
+    key: Key,
+    starts: Int[Tensor, " u"],
+    width: int,
+    lanes: range,
+    domain: Domain,
+) -> Float[Tensor, "l u w"]:
+    """Return signs or normals of several runs of coordinates, wherever they begin.
+
+    Args:
+        key: The stream's key.
+        starts: First coordinate of each run, int64; the result is on its device. Shape
+            ``(u,)``.
+        width: Coordinates of a run.
+        lanes: Outputs of a dense projection, or blocks of a sparse sketch.
+        domain: Which signs, or ``DENSE_NORMAL``.
+
+    Returns:
+        The same values as `dense_signs`, `dense_normals` and `sparse_signs` return for
+        one run, float32. Shape ``(len(lanes), u, width)``.
+
+    Example:
+        >>> key, starts = stream_key(0, 0), torch.tensor([131, 2])
+        >>> signs = entries_at(key, starts, 9, range(4), Domain.SPARSE_SIGN)
+        >>> torch.equal(signs[:, 0], sparse_signs(key, 131, 140, 4))
+        True
+    """
+    normal = domain == Domain.DENSE_NORMAL
+    per_draw = NORMALS_PER_DRAW if normal else SIGNS_PER_DRAW
+    device = starts.device
+    # As many draws as the longest way of lying across them needs.
+    draws = torch.arange((width + 2 * per_draw - 2) // per_draw, device=device)
+    index = (starts // per_draw)[:, None] + draws
+    words = _draw(
+        key, index, torch.arange(lanes.start, lanes.stop, device=device), domain
+    )
+    values = (_normals(words) if normal else _signs(words)).flatten(2)
+    columns = (starts % per_draw)[:, None] + torch.arange(width, device=device)
+    return values.gather(2, columns.expand(len(lanes), *columns.shape))
+
+
+def rotations_at(
+    key: Key, chunks: Int[Tensor, "*k"], block: int, size: int
+) -> Int[Tensor, "*k"]:
+    """Return by how much each of some chunks is rotated before it is added to a block.
+
+    Args:
+        key: The stream's key.
+        chunks: The chunks, int64, of any shape.
+        block: Index of the block.
+        size: Outputs of the block, and coordinates of a chunk.
+
+    Returns:
+        The same rotations as `sparse_rotations` returns, in the shape of ``chunks``.
+
+    Example:
+        >>> key = stream_key(0, 0)
+        >>> rotations = sparse_rotations(key, 0, 10, range(1, 2), 512)[0]
+        >>> torch.equal(rotations_at(key, torch.tensor([9, 3]), 1, 512), rotations[[9, 3]])
+        True
+    """
+    lane = torch.tensor([block], device=chunks.device)
+    words = _draw(key, chunks // ROTATIONS_PER_DRAW, lane, Domain.SPARSE_ROTATION)[0]
+    word = words.gather(-1, (chunks % ROTATIONS_PER_DRAW)[..., None])[..., 0]
+    return (word * size) >> 32
 
 
 def block_sizes(proj_dim: int, nonzeros: int) -> tuple[int, ...]:
@@ -268,29 +332,43 @@ def _draws(start: int, stop: int, per_draw: int) -> tuple[int, int]:
 
 
 def _draw(
-    key: Key, first: int, last: int, lanes: Int[Tensor, " l"], domain: Domain
-) -> Int[Tensor, "l k 4"]:
-    """Return the words of draws ``first..last`` of each lane."""
-    index = torch.arange(first, last, device=lanes.device)
+    key: Key, index: Int[Tensor, "*k"], lanes: Int[Tensor, " l"], domain: Domain
+) -> Int[Tensor, "l *k 4"]:
+    """Return the words of some draws of each lane."""
     purpose = torch.tensor(int(domain), device=lanes.device)
-    counter = (index & _MASK, index >> 32, lanes[:, None], purpose)
+    lanes = lanes.view(-1, *(1,) * index.ndim)
+    counter = (index & _MASK, index >> 32, lanes, purpose)
     return torch.stack(philox(counter, key), -1)
+
+
+def _normals(words: Int[Tensor, "*k 4"]) -> Float[Tensor, "*k 4"]:
+    """Return four normals a draw, float32."""
+    wide = words.double()
+    # One is added so that the logarithm's argument is in (0, 1].
+    radius = torch.sqrt(-2 * torch.log((wide[..., 0::2] + 1) * 2.0**-32))
+    angle = wide[..., 1::2] * (math.tau * 2.0**-32)
+    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), -1)
+    return pairs.float().flatten(-2)
+
+
+def _signs(words: Int[Tensor, "*k 4"]) -> Float[Tensor, "*k 128"]:
+    """Return one sign per bit of the draws; a bit that is set makes it negative."""
+    # Eight signs at a time from a table: a shift per sign costs three times as much.
+    octets = (words[..., None] >> torch.arange(0, 32, 8, device=words.device)) & 255
+    bits = torch.arange(256, device=words.device)[:, None] >> torch.arange(
+        8, device=words.device
+    )
+    table = (1 - 2 * (bits & 1)).float()
+    signs = table.index_select(0, octets.flatten())
+    return signs.view(*words.shape[:-1], SIGNS_PER_DRAW)
 
 
 def _aligned_signs(
     key: Key, start: int, stop: int, lanes: Int[Tensor, " l"], domain: Domain
 ) -> Float[Tensor, "l k"]:
-    """Return one sign per bit of the draws; a bit that is set makes it negative."""
+    """Return the signs of one run of coordinates for each lane."""
     first, last = _draws(start, stop, SIGNS_PER_DRAW)
-    words = _draw(key, first, last, lanes, domain)
-    # Eight signs at a time from a table: a shift per sign costs three times as much.
-    octets = (words[..., None] >> torch.arange(0, 32, 8, device=lanes.device)) & 255
-    bits = torch.arange(256, device=lanes.device)[:, None] >> torch.arange(
-        8, device=lanes.device
-    )
-    table = (1 - 2 * (bits & 1)).float()
-    signs = table.index_select(0, octets.flatten()).view(
-        len(lanes), (last - first) * SIGNS_PER_DRAW
-    )
+    index = torch.arange(first, last, device=lanes.device)
+    signs = _signs(_draw(key, index, lanes, domain)).flatten(1)
     begin = start - first * SIGNS_PER_DRAW
     return signs[:, begin : begin + stop - start]

@@ -117,3 +117,7 @@ class StaleRowError(StoreError, BatchError):
 
 class TrakWarning(UserWarning):
     """Something is not wrong, but the user should know."""
+
+
+class BackendWarning(TrakWarning):
+    """A faster back end cannot be used here; the numbers are the same without it."""

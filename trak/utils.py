@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from trak._kernels import native
+from trak._kernels.choice import Backend, problem
 from trak._linalg import spans
 from trak._params import flatten_rows
 from trak._version import __version__
@@ -241,8 +243,10 @@ def test_install(use_fast_jl: bool | None = None) -> None:  # noqa: FBT001, PT02
         ):
             distance = _prove(projector, device)
             print(
-                f"{type(projector).__name__} on {device}: {distance:.1e} from float64"
+                f"{type(projector).__name__} on {device}: {distance:.1e} from float64, "
+                f"by {projector.running_backend().value}"
             )
+    _print_backends(devices)
     try:
         CudaProjector(1024, 512, 0, "rademacher", devices[-1])
     except BackendError as error:
@@ -255,6 +259,21 @@ def test_install(use_fast_jl: bool | None = None) -> None:  # noqa: FBT001, PT02
     else:
         print("fast_jl on cuda: ran, and kept inner products")
     print("trak is installed correctly.")
+
+
+def _print_backends(devices: list[str]) -> None:
+    """Print which faster back ends can be used, and why others cannot."""
+    for backend, device in ((Backend.native, "cpu"), (Backend.triton, "cuda")):
+        if device not in devices:
+            print(f"{backend.value} kernels: not used (there is no {device} device)")
+            continue
+        reason = problem(backend, torch.device(device))
+        if reason is not None:
+            print(f"{backend.value} kernels: not used ({reason})")
+        elif backend is Backend.native:
+            print(f"native kernels: ready on cpu, {native.variant().name} instructions")
+        else:
+            print(f"{backend.value} kernels: ready on {device}")
 
 
 test_install.__test__ = False  # type: ignore[attr-defined]  # pytest: not a test

@@ -1,9 +1,43 @@
-"""How good are the scores? Pure functions of arrays; training stays with the caller."""
+"""How good are the scores? Pure functions of arrays, and drivers of the caller's training.
+
+Every metric is a function of arrays, however they came about. What needs models beside
+the one that was attributed takes the caller's ``train`` and ``outputs``.
+"""
 
 from __future__ import annotations
 
+from trak.evaluation._bank import GroundTruth
 from trak.evaluation._bootstrap import bootstrap_interval
+from trak.evaluation._counterfactual import (
+    CounterfactualCurve,
+    counterfactual_curve,
+    removal_masks,
+    remove_and_retrain,
+)
 from trak.evaluation._lds import LdsResult, lds
+from trak.evaluation._mislabel import MislabelResult, mislabel_auc
+from trak.evaluation._result import TargetMean
+from trak.evaluation._retrain import retrain_subsets
+from trak.evaluation._retrieval import mean_reciprocal_rank, recall_at_k
 from trak.evaluation._subsets import random_subsets
+from trak.evaluation._tail_patch import tail_patch, tail_patch_losses
 
-__all__ = ["LdsResult", "bootstrap_interval", "lds", "random_subsets"]
+__all__ = [
+    "CounterfactualCurve",
+    "GroundTruth",
+    "LdsResult",
+    "MislabelResult",
+    "TargetMean",
+    "bootstrap_interval",
+    "counterfactual_curve",
+    "lds",
+    "mean_reciprocal_rank",
+    "mislabel_auc",
+    "random_subsets",
+    "recall_at_k",
+    "removal_masks",
+    "remove_and_retrain",
+    "retrain_subsets",
+    "tail_patch",
+    "tail_patch_losses",
+]

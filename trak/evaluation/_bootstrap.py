@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from jaxtyping import Float
 
@@ -33,8 +35,6 @@ def bootstrap_interval(
     """
     if len(values) == 0:
         raise OptionError("values is empty; an interval needs at least one value.")
-    if n_bootstrap < 1:
-        raise OptionError(f"n_bootstrap={n_bootstrap}; pass at least 1 resample.")
     if not np.isfinite(values).all():
         worst = int(np.flatnonzero(~np.isfinite(values))[0])
         raise NonFiniteError(
@@ -45,6 +45,28 @@ def bootstrap_interval(
     rng = np.random.default_rng(seed)
     size = len(values)
     # One resample at a time: (n_bootstrap, k) indices would not fit for many targets.
-    means = [values[rng.integers(size, size=size)].mean() for _ in range(n_bootstrap)]
-    lower, upper = np.percentile(means, _COVERAGE)
+    return percentile_interval(
+        lambda: float(values[rng.integers(size, size=size)].mean()),
+        n_bootstrap=n_bootstrap,
+    )
+
+
+def percentile_interval(
+    resampled: Callable[[], float], *, n_bootstrap: int
+) -> tuple[float, float]:
+    """Bound a statistic by the middle 95 % of its resamples.
+
+    Args:
+        resampled: Draws one resample and gives the statistic of it.
+        n_bootstrap: How many resamples to draw.
+
+    Returns:
+        The lower and the upper end of the interval.
+
+    Raises:
+        OptionError: If no resample is asked for.
+    """
+    if n_bootstrap < 1:
+        raise OptionError(f"n_bootstrap={n_bootstrap}; pass at least 1 resample.")
+    lower, upper = np.percentile([resampled() for _ in range(n_bootstrap)], _COVERAGE)
     return float(lower), float(upper)

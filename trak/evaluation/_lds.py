@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trak.errors import NonFiniteError, OptionError
+from trak.evaluation._arrays import to_numpy, with_repeats
+from trak.evaluation._bank import GroundTruth
 from trak.evaluation._bootstrap import bootstrap_interval
 
 _MIN_SUBSETS = 3  # two subsets correlate at -1 or 1 whatever the scores are
@@ -48,8 +49,8 @@ class LdsResult:
 
 def lds(
     scores: np.ndarray | Tensor,
-    masks: np.ndarray | Tensor,
-    outputs: np.ndarray | Tensor,
+    masks: np.ndarray | Tensor | GroundTruth,
+    outputs: np.ndarray | Tensor | None = None,
     *,
     n_bootstrap: int = 1000,
     seed: int = 0,
@@ -74,9 +75,10 @@ def lds(
         scores: Attribution scores, larger where the training example raises the
             output. Shape ``(n, m)``.
         masks: Which training examples each retrained model saw, boolean. Shape
-            ``(s, n)``.
+            ``(s, n)``. Or a :class:`GroundTruth`, which has the outputs too.
         outputs: The retrained models' outputs on the targets. Shape ``(s, m)``, or
-            ``(s, r, m)`` with ``r`` retrainings a subset, which are averaged.
+            ``(s, r, m)`` with ``r`` retrainings a subset, which are averaged. None
+            with a :class:`GroundTruth`.
         n_bootstrap: Resamples of the targets behind the interval.
         seed: Seed of the resampling.
 
@@ -86,7 +88,7 @@ def lds(
     Raises:
         OptionError: If the shapes do not fit each other, ``masks`` is not boolean,
             there are fewer than 3 subsets or no targets, or a target's outputs are
-            the same for every subset.
+            the same for every subset, or outputs are given twice or not at all.
         NonFiniteError: If a score or an output is NaN or infinite.
 
     Example:
@@ -99,8 +101,8 @@ def lds(
         >>> lds(scores, masks, outputs).per_target
         array([ 1., -1.])
     """
-    score_array, mask_array = _to_numpy(scores), _to_numpy(masks)
-    output_array = _with_repeats(_to_numpy(outputs))
+    score_array = to_numpy(scores)
+    mask_array, output_array = _retrainings(masks, outputs)
     _check_shapes(score_array, mask_array, output_array)
     _check_outputs(output_array)
     truth = output_array.astype(np.float64).mean(axis=1)
@@ -161,16 +163,21 @@ def _average_ranks(values: Float[np.ndarray, "s m"]) -> Float[np.ndarray, "s m"]
     return ranks
 
 
-def _to_numpy(array: np.ndarray | Tensor) -> np.ndarray:
-    if isinstance(array, Tensor):
-        array = array.detach().cpu()
-        # NumPy has no bfloat16.
-        return (array.float() if array.dtype == torch.bfloat16 else array).numpy()
-    return array
-
-
-def _with_repeats(outputs: np.ndarray) -> np.ndarray:
-    return outputs[:, None] if outputs.ndim == 2 else outputs
+def _retrainings(
+    masks: np.ndarray | Tensor | GroundTruth, outputs: np.ndarray | Tensor | None
+) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(masks, GroundTruth):
+        if outputs is not None:
+            raise OptionError(
+                "a GroundTruth has outputs of its own; pass lds(scores, bank), or masks "
+                "and outputs."
+            )
+        return masks.masks, masks.outputs
+    if outputs is None:
+        raise OptionError(
+            "outputs is missing; pass lds(scores, masks, outputs), or a GroundTruth."
+        )
+    return to_numpy(masks), with_repeats(to_numpy(outputs))
 
 
 def _check_shapes(scores: np.ndarray, masks: np.ndarray, outputs: np.ndarray) -> None:
@@ -213,7 +220,8 @@ def _check_outputs(outputs: Float[np.ndarray, "s r m"]) -> None:
         subset, _, target = (int(index) for index in bad[0])
         raise NonFiniteError(
             f"outputs is not finite for target {target} and subset {subset}; check "
-            f"that retraining, or leave the subset out of masks and outputs.",
+            f"that retraining, or leave the subset out of masks and outputs, as "
+            f"GroundTruth.finite() does.",
             index=target,
         )
 

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from trak._kernels.choice import Backend, Kernels, choose, parse_backend
 from trak._signs import SCHEME, Key, stream_key
 from trak._types import Gradients
 from trak.errors import BatchError, OptionError, UnknownNameError
-from trak.projectors._gradients import check_device, named_columns
+from trak.projectors._gradients import check_device, check_segments, named_columns
+
+# Entries are made once for all rows of a piece, and small launches leave most of a GPU
+# idle, so pieces should have many rows.
+BLOCK_BYTES: Final = 256 * 2**20
 
 
 class ProjectionType(str, Enum):
@@ -111,9 +116,16 @@ class AdditiveProjector(AbstractProjector):
         device: Where the gradients will be; it does not change the entries.
         dtype: float64 to sum float32 gradients in float64; a narrower dtype than
             float32 is accepted and changes nothing.
+        backend: What sums: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``. It
+            changes rounding only.
+
+    Attributes:
+        backend: As given, as a `Backend`; `running_backend` tells which one runs.
 
     Raises:
         OptionError: If a dimension is below 1, or ``dtype`` is not floating-point.
+        UnknownNameError: If there is no back end of that name.
+        BackendError: If one is asked for by name and cannot run.
     """
 
     by_parameter: ClassVar[bool] = True
@@ -126,12 +138,37 @@ class AdditiveProjector(AbstractProjector):
         proj_type: ProjectionType,
         device: str | torch.device,
         dtype: torch.dtype = torch.float32,
+        *,
+        backend: str | Backend = Backend.auto,
     ) -> None:
         check_dimensions(grad_dim, proj_dim)
         if not dtype.is_floating_point:
             raise OptionError(f"dtype must be floating-point, got {dtype}")
         super().__init__(grad_dim, proj_dim, seed, proj_type, device)
         self.dtype = dtype
+        self.backend = parse_backend(backend)
+        if self.backend is not Backend.auto:
+            self._kernels(self.device)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of gradients that `project_into` does best with at a time, about."""
+        return BLOCK_BYTES
+
+    def running_backend(self, device: str | torch.device | None = None) -> Backend:
+        """Tell which back end sums sketches.
+
+        Args:
+            device: Where the gradients are; None for the projector's device.
+
+        Returns:
+            The back end; never ``auto``.
+
+        Raises:
+            BackendError: If one was asked for by name and cannot run there.
+            UnknownNameError: If the environment variable ``TRAK_BACKEND`` names none.
+        """
+        return self._choose(torch.device(self.device if device is None else device))[0]
 
     def project(self, grads: Gradients, model_id: int) -> Float[Tensor, "b p"]:
         """Project a batch of gradients.
@@ -184,13 +221,8 @@ class AdditiveProjector(AbstractProjector):
             BatchError: If the shapes do not fit, or ``out`` is narrower than float32.
             OptionError: If ``offset`` is negative.
         """
-        if out.dtype not in {torch.float32, torch.float64}:
-            raise BatchError(
-                f"out has dtype {out.dtype}; sums need float32 or float64, so pass "
-                f"such a tensor and convert it afterwards"
-            )
-        expected = (len(grads), self.proj_dim)
-        if grads.ndim != 2 or out.shape != expected:
+        self._check_sketch(out)
+        if grads.ndim != 2 or len(out) != len(grads):
             raise BatchError(
                 f"out must have shape (b, {self.proj_dim}) for gradients of shape "
                 f"(b, k), got {tuple(out.shape)} for {tuple(grads.shape)}"
@@ -201,6 +233,43 @@ class AdditiveProjector(AbstractProjector):
             key = stream_key(self.seed, model_id, parameter)
             self._add(out, grads.detach(), key, offset)
 
+    def project_segments_into(
+        self,
+        out: Tensor,
+        grads: Tensor,
+        examples: Tensor,
+        positions: Tensor,
+        model_id: int,
+        parameter: str = "",
+    ) -> None:
+        """Add the contribution of scattered runs of coordinates of one parameter.
+
+        For gradients that are zero nearly everywhere, as those of an embedding are: a
+        segment is one example's gradient of a run of consecutive coordinates. Segments
+        may repeat and overlap, and are added.
+
+        Args:
+            out: The sketch to add to, float32 or float64; sums run in its dtype. Shape
+                ``(b, p)``.
+            grads: Gradients of each segment's coordinates, on the device of ``out``.
+                Shape ``(k, w)``.
+            examples: The row of ``out`` that each segment belongs to, int64, on the
+                same device. Shape ``(k,)``.
+            positions: Where each segment begins in the parameter's row-major
+                flattening, int64, on the same device. Shape ``(k,)``.
+            model_id: The checkpoint the gradients are of.
+            parameter: The parameter's name.
+
+        Raises:
+            BatchError: If the shapes do not fit, an index is not int64 or out of range,
+                or ``out`` is narrower than float32.
+        """
+        self._check_sketch(out)
+        check_segments(out, grads, examples, positions)
+        if grads.numel() > 0:
+            key = stream_key(self.seed, model_id, parameter)
+            self._add_segments(out, grads.detach(), examples, positions, key)
+
     def describe(self) -> str:
         """Say which numbers this projector makes.
 
@@ -209,6 +278,14 @@ class AdditiveProjector(AbstractProjector):
             change rounding only.
         """
         return f"{SCHEME}/{self._law()} proj_dim={self.proj_dim} seed={self.seed}"
+
+    def _choose(self, device: torch.device) -> tuple[Backend, Kernels | None]:
+        """Return what sums this projector's sketches on a device."""
+        return choose(self.backend, device)
+
+    def _kernels(self, device: torch.device) -> Kernels | None:
+        """Return the kernels to use on a device; None for torch operations."""
+        return self._choose(device)[1]
 
     @abstractmethod
     def _law(self) -> str:
@@ -223,6 +300,33 @@ class AdditiveProjector(AbstractProjector):
         offset: int,
     ) -> None:
         """Add the sketch of coordinates ``offset..offset + k`` to ``out``; none empty."""
+
+    @abstractmethod
+    def _add_segments(
+        self,
+        out: Float[Tensor, "b p"],
+        x: Float[Tensor, "k w"],
+        examples: Int[Tensor, " k"],
+        positions: Int[Tensor, " k"],
+        key: Key,
+    ) -> None:
+        """Add the sketch of segments to ``out``; there is one at least."""
+
+    def _check_sketch(self, out: Tensor) -> None:
+        """Check that sums can run in ``out``.
+
+        Raises:
+            BatchError: If it is narrower than float32, or not ``proj_dim`` wide.
+        """
+        if out.dtype not in {torch.float32, torch.float64}:
+            raise BatchError(
+                f"out has dtype {out.dtype}; sums need float32 or float64, so pass "
+                f"such a tensor and convert it afterwards"
+            )
+        if out.ndim != 2 or out.shape[1] != self.proj_dim:
+            raise BatchError(
+                f"out must have shape (b, {self.proj_dim}), got {tuple(out.shape)}"
+            )
 
 
 def check_dimensions(grad_dim: int, proj_dim: int) -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from trak._kernels.choice import Backend, Kernels
+from trak._kernels.torch_segments import dense_segments_into
 from trak._signs import (
     NORMALS_PER_DRAW,
     SIGNS_PER_DRAW,
@@ -17,7 +19,7 @@ from trak._signs import (
     stream_key,
 )
 from trak._types import Gradients
-from trak.errors import OptionError
+from trak.errors import BackendError, OptionError
 from trak.projectors._base import (
     AbstractProjector,
     AdditiveProjector,
@@ -96,7 +98,67 @@ class NoOpProjector(AbstractProjector):
         return "identity"
 
 
-class BasicSingleBlockProjector(AdditiveProjector):
+class _DenseProjector(AdditiveProjector):
+    """What the dense projectors share; `outputs` is how many are made at a time."""
+
+    def __init__(
+        self,
+        grad_dim: int,
+        proj_dim: int,
+        seed: int,
+        proj_type: str | ProjectionType,
+        device: str | torch.device,
+        dtype: torch.dtype,
+        backend: str | Backend,
+        *,
+        outputs: int,
+    ) -> None:
+        law = parse_projection_type(proj_type, _DENSE)
+        super().__init__(grad_dim, proj_dim, seed, law, device, dtype, backend=backend)
+        self._outputs = min(outputs, proj_dim)
+
+    def _law(self) -> str:
+        return ProjectionType(self.proj_type).value
+
+    def _choose(self, device: torch.device) -> tuple[Backend, Kernels | None]:
+        if self.proj_type == ProjectionType.rademacher:
+            return super()._choose(device)
+        if self.backend not in {Backend.auto, Backend.torch}:
+            raise BackendError(
+                f"the {self.backend.value} kernels cannot sum normal entries; use "
+                f"backend='auto' or 'torch', or proj_type='rademacher'"
+            )
+        return Backend.torch, None
+
+    def _add(
+        self,
+        out: Float[Tensor, "b p"],
+        x: Float[Tensor, "b k"],
+        key: Key,
+        offset: int,
+    ) -> None:
+        kernels = self._kernels(out.device)
+        if kernels is None:
+            dense_into(out, x, key, offset, self._law(), self._outputs)
+        else:
+            kernels.dense_into(out, x, key, offset)
+
+    def _add_segments(
+        self,
+        out: Float[Tensor, "b p"],
+        x: Float[Tensor, "k w"],
+        examples: Int[Tensor, " k"],
+        positions: Int[Tensor, " k"],
+        key: Key,
+    ) -> None:
+        kernels = self._kernels(out.device)
+        if kernels is None:
+            dense_segments_into(out, x, examples, positions, key, self._law())
+        else:
+            kernels.dense_segments_into(out, x, examples, positions, key)
+
+
+class BasicSingleBlockProjector(_DenseProjector):
     """The dense projection, all outputs at a time.
 
     The same entries as `BasicProjector`'s. Kept for 0.3.2's callers.
@@ -111,9 +173,13 @@ class BasicSingleBlockProjector(AdditiveProjector):
         model_id: The checkpoint whose matrix `generate_sketch_matrix` returns.
         block_size: Not used.
         max_batch_size: Not used; a batch may have any size.
+        backend: What sums: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``; signs
+            only, but for torch operations. It changes rounding only.
 
     Raises:
         OptionError: If a dimension is below 1, or ``proj_type`` is not dense.
+        UnknownNameError: If there is no back end of that name.
+        BackendError: If one is asked for by name and cannot run.
     """
 
     def __init__(
@@ -128,9 +194,18 @@ class BasicSingleBlockProjector(AdditiveProjector):
         *,
         block_size: int | None = None,
         max_batch_size: int | None = None,
+        backend: str | Backend = Backend.auto,
     ) -> None:
-        law = parse_projection_type(proj_type, _DENSE)
-        super().__init__(grad_dim, proj_dim, seed, law, device, dtype)
+        super().__init__(
+            grad_dim,
+            proj_dim,
+            seed,
+            proj_type,
+            device,
+            dtype,
+            backend,
+            outputs=proj_dim,
+        )
         self.model_id = model_id
 
     def generate_sketch_matrix(self) -> Float[Tensor, "d p"]:
@@ -143,20 +218,8 @@ class BasicSingleBlockProjector(AdditiveProjector):
         outputs = range(self.proj_dim)
         return _entries(self._law(), key, 0, self.grad_dim, outputs, self.device)
 
-    def _law(self) -> str:
-        return ProjectionType(self.proj_type).value
 
-    def _add(
-        self,
-        out: Float[Tensor, "b p"],
-        x: Float[Tensor, "b k"],
-        key: Key,
-        offset: int,
-    ) -> None:
-        dense_into(out, x, key, offset, self._law(), self.proj_dim)
-
-
-class BasicProjector(AdditiveProjector):
+class BasicProjector(_DenseProjector):
     """The dense projection, a block of outputs at a time.
 
     Its entries are made where they are used, a tile at a time, and dropped; so memory
@@ -174,10 +237,14 @@ class BasicProjector(AdditiveProjector):
         dtype: float64 to sum float32 gradients in float64.
         model_id: Not used; `project` is told.
         max_batch_size: Not used; a batch may have any size.
+        backend: What sums: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``; signs
+            only, but for torch operations. It changes rounding only.
 
     Raises:
         OptionError: If a dimension or ``block_size`` is below 1, or ``proj_type`` is
             not dense.
+        UnknownNameError: If there is no back end of that name.
+        BackendError: If one is asked for by name and cannot run.
     """
 
     def __init__(
@@ -192,24 +259,21 @@ class BasicProjector(AdditiveProjector):
         model_id: int = 0,
         *,
         max_batch_size: int | None = None,
+        backend: str | Backend = Backend.auto,
     ) -> None:
-        law = parse_projection_type(proj_type, _DENSE)
         if block_size < 1:
             raise OptionError(f"block_size must be at least 1, got {block_size}")
-        super().__init__(grad_dim, proj_dim, seed, law, device, dtype)
-        self.block_size = min(block_size, proj_dim)
-
-    def _law(self) -> str:
-        return ProjectionType(self.proj_type).value
-
-    def _add(
-        self,
-        out: Float[Tensor, "b p"],
-        x: Float[Tensor, "b k"],
-        key: Key,
-        offset: int,
-    ) -> None:
-        dense_into(out, x, key, offset, self._law(), self.block_size)
+        super().__init__(
+            grad_dim,
+            proj_dim,
+            seed,
+            proj_type,
+            device,
+            dtype,
+            backend,
+            outputs=block_size,
+        )
+        self.block_size = self._outputs
 
 
 def dense_into(

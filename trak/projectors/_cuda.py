@@ -34,8 +34,8 @@ class CudaProjector(AbstractProjector):
     """The dense projection by ``fast_jl``, on a CUDA device.
 
     Its random entries depend on the number of multiprocessors of the GPU, so its
-    sketches are comparable only within one GPU model; `SparseProjector` is faster and
-    the same everywhere. Constructing one projects a small random batch, because
+    sketches are comparable only within one GPU model; those of `SparseProjector` and
+    `BasicProjector` are the same everywhere. Constructing one projects a small random batch, because
     ``fast_jl`` built for another GPU returns zeros.
 
     Args:

@@ -91,6 +91,42 @@ def check_device(device: torch.device, columns: list[tuple[str, Tensor]]) -> Non
             )
 
 
+def check_segments(
+    out: Tensor, grads: Tensor, examples: Tensor, positions: Tensor
+) -> None:
+    """Check that segments fit each other and the sketch they are added to.
+
+    Args:
+        out: The sketch. Shape ``(b, p)``.
+        grads: Gradients of each segment's coordinates. Shape ``(k, w)``.
+        examples: The row of ``out`` that each segment belongs to. Shape ``(k,)``.
+        positions: Where each segment begins. Shape ``(k,)``.
+
+    Raises:
+        BatchError: If they do not fit.
+    """
+    k = len(grads)
+    if grads.ndim != 2 or examples.shape != (k,) or positions.shape != (k,):
+        raise BatchError(
+            f"segments need gradients of shape (k, w), and examples and positions of "
+            f"shape (k,), got {tuple(grads.shape)}, {tuple(examples.shape)} and "
+            f"{tuple(positions.shape)}"
+        )
+    for name, index in (("examples", examples), ("positions", positions)):
+        if index.dtype != torch.int64:
+            raise BatchError(f"{name} must be int64, got {index.dtype}")
+    if k == 0:
+        return
+    ends = torch.stack([*examples.aminmax(), positions.amin()])
+    low, high, position = ends.tolist()  # one transfer from another device
+    if low < 0 or high >= len(out):
+        raise BatchError(
+            f"examples must be rows of out, 0 to {len(out) - 1}, got {low} to {high}"
+        )
+    if position < 0:
+        raise BatchError(f"positions must be at least 0, got {position}")
+
+
 def _flat(name: str, g: Tensor) -> Tensor:
     """Return one parameter's gradients flattened to ``(b, columns)``.
 

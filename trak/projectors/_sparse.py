@@ -6,15 +6,18 @@ import math
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trak._kernels.choice import Backend
+from trak._kernels.torch_segments import sparse_segments_into
 from trak._signs import Key, block_sizes, sparse_rotations, sparse_signs
 from trak.errors import OptionError
 from trak.projectors._base import (
+    BLOCK_BYTES,
     AdditiveProjector,
     ProjectionType,
     parse_projection_type,
@@ -29,6 +32,10 @@ _PIECE: Final = 2**16
 _ROWS: Final = {"cpu": 32}
 _ROWS_ELSEWHERE: Final = 256
 _CACHE_BYTES: Final = 128 * 2**20
+# Of as many plans as are kept: what was not asked for so long is another checkpoint's.
+_ROUNDS: Final = 4
+# Native kernels read gradients once, while they are still in a cache.
+_NATIVE_BLOCK_BYTES: Final = 8 * 2**20
 
 
 class SparseProjector(AdditiveProjector):
@@ -58,10 +65,14 @@ class SparseProjector(AdditiveProjector):
             large errors rarer where a few coordinates dominate, at a cost in
             proportion.
         dtype: float64 to sum float32 gradients in float64.
+        backend: What sums: ``"auto"``, ``"torch"``, ``"native"`` or ``"triton"``. It
+            changes rounding only.
 
     Raises:
         OptionError: If a dimension or ``nonzeros`` is below 1, or ``proj_type`` is not
             sparse.
+        UnknownNameError: If there is no back end of that name.
+        BackendError: If one is asked for by name and cannot run.
     """
 
     def __init__(
@@ -74,13 +85,21 @@ class SparseProjector(AdditiveProjector):
         *,
         nonzeros: int = DEFAULT_NONZEROS,
         dtype: torch.dtype = torch.float32,
+        backend: str | Backend = Backend.auto,
     ) -> None:
         law = parse_projection_type(proj_type, (ProjectionType.sparse,))
-        super().__init__(grad_dim, proj_dim, seed, law, device, dtype)
+        super().__init__(grad_dim, proj_dim, seed, law, device, dtype, backend=backend)
         if nonzeros < 1:
             raise OptionError(f"nonzeros must be at least 1, got {nonzeros}")
         self.nonzeros = min(nonzeros, proj_dim)
         self._plans = _PlanCache(block_sizes(proj_dim, self.nonzeros), _CACHE_BYTES)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of gradients that `project_into` does best with at a time, about."""
+        if self.running_backend() is Backend.native:
+            return _NATIVE_BLOCK_BYTES
+        return BLOCK_BYTES
 
     def free_memory(self) -> None:
         """Drop the cached signs and rotations; `project` draws them again."""
@@ -96,7 +115,23 @@ class SparseProjector(AdditiveProjector):
         key: Key,
         offset: int,
     ) -> None:
-        sparse_into(out, x, key, offset, self._plans)
+        kernels = self._kernels(out.device)
+        if kernels is None:
+            sparse_into(out, x, key, offset, self._plans)
+        else:
+            kernels.sparse_into(out, x, key, offset, self._plans.sizes)
+
+    def _add_segments(
+        self,
+        out: Float[Tensor, "b p"],
+        x: Float[Tensor, "k w"],
+        examples: Int[Tensor, " k"],
+        positions: Int[Tensor, " k"],
+        key: Key,
+    ) -> None:
+        kernels = self._kernels(out.device)
+        add = sparse_segments_into if kernels is None else kernels.sparse_segments_into
+        add(out, x, examples, positions, key, self._plans.sizes)
 
 
 def default_projector(
@@ -175,20 +210,35 @@ def sparse_into(
     out.add_(total.T, alpha=math.sqrt(out.shape[1] / len(plans.sizes)))
 
 
+_Address: TypeAlias = tuple[Key, int, int, torch.device]
+
+
+@dataclass(slots=True)
+class _Held:
+    """A plan that is kept."""
+
+    plan: tuple[_BlockPlan, ...]
+    """How each block gathers."""
+
+    used: int
+    """When it was used last, in plans asked for."""
+
+
 class _PlanCache:
-    """Plans of pieces of coordinates, the latest used kept up to a number of bytes.
+    """Plans of pieces of coordinates, up to a number of bytes.
 
     Drawing a plan costs a fifth of applying it to 32 gradients, and most of the time
-    for a piece as small as a bias.
+    for a piece as small as a bias. Pieces come round and round in one order, where
+    keeping the latest used of too many would keep none until it is used again; so a
+    plan gives way only after it was passed over for several rounds.
     """
 
     def __init__(self, sizes: tuple[int, ...], capacity: int) -> None:
         self.sizes = sizes
         self.bytes = 0
         self._capacity = capacity
-        self._plans: OrderedDict[
-            tuple[Key, int, int, torch.device], tuple[_BlockPlan, ...]
-        ] = OrderedDict()
+        self._clock = 0
+        self._plans: OrderedDict[_Address, _Held] = OrderedDict()
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """Cut a range of coordinates at multiples of a fixed length.
@@ -207,17 +257,27 @@ class _PlanCache:
     ) -> tuple[_BlockPlan, ...]:
         """Return the plan of a piece, drawn if it is not held."""
         address = (key, start, stop, device)
-        plan = self._plans.get(address)
-        if plan is not None:
+        self._clock += 1
+        held = self._plans.get(address)
+        if held is not None:
+            held.used = self._clock
             self._plans.move_to_end(address)
-            return plan
+            return held.plan
         plan = _plan(key, start, stop, self.sizes, device)
-        self._plans[address] = plan
-        self.bytes += _bytes(plan)
-        while self.bytes > self._capacity:
-            _, dropped = self._plans.popitem(last=False)
-            self.bytes -= _bytes(dropped)
+        self._make_room(_bytes(plan))
+        if self.bytes + _bytes(plan) <= self._capacity:
+            self._plans[address] = _Held(plan, self._clock)
+            self.bytes += _bytes(plan)
         return plan
+
+    def _make_room(self, needed: int) -> None:
+        """Drop plans, the longest unused first, that are no longer in use."""
+        while self._plans and self.bytes + needed > self._capacity:
+            address, oldest = next(iter(self._plans.items()))
+            if self._clock - oldest.used <= _ROUNDS * len(self._plans):
+                return
+            del self._plans[address]
+            self.bytes -= _bytes(oldest.plan)
 
     def clear(self) -> None:
         """Drop every plan."""

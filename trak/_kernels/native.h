@@ -1,0 +1,372 @@
+/* The kernels, once for every type of sum and instruction set; included by
+   native_variants.h, which defines
+
+   REAL, WORD  a floating-point type, and the unsigned integer of its size;
+   VECTOR      bytes of a vector register;
+   MULTIPLY    a product of the low halves of 64-bit words, by a constant;
+   TARGET      a function attribute that names the instruction set;
+   SHIFTS      whether that shifts every lane by its own amount;
+   NAME(x)     a name of this inclusion.
+
+   The order in which numbers are added depends neither on LANES nor on the number of
+   threads, so all inclusions for one REAL return the same bits. */
+
+typedef REAL NAME(vec) __attribute__((vector_size(VECTOR)));
+typedef WORD NAME(uvec) __attribute__((vector_size(VECTOR)));
+/* The same, at any address. */
+typedef REAL NAME(avec) __attribute__((vector_size(VECTOR), aligned(sizeof(REAL)),
+                                       may_alias));
+#define VEC NAME(vec)
+#define UVEC NAME(uvec)
+#define AVEC NAME(avec)
+typedef uint64_t NAME(draws) __attribute__((vector_size(VECTOR)));
+typedef uint16_t NAME(halves) __attribute__((vector_size(VECTOR), may_alias));
+#define DRAW NAME(draws)
+#define HALF NAME(halves)
+#define LANES (VECTOR / (int)sizeof(REAL)) /* numbers in a vector register */
+#define BITS (8 * (int)sizeof(WORD))
+#define SIGN ((WORD)1 << (BITS - 1))
+#define FN static TARGET
+#define INLINE static inline TARGET __attribute__((always_inline))
+/* Outputs of a sparse sketch that are summed together, for ROWS rows. */
+#define TILE (2 * LANES)
+
+/* Copy numbers of one row, of any type and stride, to consecutive REALs. */
+FN void NAME(load)(REAL *restrict to, const struct grads *g, num row, num first, num n) {
+  const char *at = g->data + row * g->row_bytes + first * g->step * g->bytes;
+  const num step = g->step;
+#define CONVERT(from, value)                                   \
+  {                                                            \
+    const from *restrict x = (const from *)at;                 \
+    if (step == 1)                                             \
+      for (num i = 0; i < n; i++) to[i] = (REAL)value(x[i]);   \
+    else                                                       \
+      for (num i = 0; i < n; i++) to[i] = (REAL)value(x[i * step]); \
+    break;                                                     \
+  }
+  switch (g->type) {
+    case FLOAT32: CONVERT(float, )
+    case FLOAT64: CONVERT(double, )
+    case BFLOAT16: CONVERT(uint16_t, from_bfloat16)
+    case FLOAT16: CONVERT(uint16_t, from_float16)
+  }
+#undef CONVERT
+}
+
+/* Encrypt DRAWS counters at once, each word in the low half of a 64-bit one. */
+FN void NAME(philox)(uint64_t c[4][DRAWS], uint32_t words[4][DRAWS], struct key key) {
+  for (int i = 0; i < DRAWS; i += VECTOR / 8) {
+    DRAW c0 = *(DRAW *)(c[0] + i), c1 = *(DRAW *)(c[1] + i);
+    DRAW c2 = *(DRAW *)(c[2] + i), c3 = *(DRAW *)(c[3] + i);
+    uint32_t low = key.low, high = key.high;
+    for (int round = 0; round < 7; round++) {
+      const DRAW first = MULTIPLY(c0, 0xD2511F53u), second = MULTIPLY(c2, 0xCD9E8D57u);
+      c0 = (second >> 32) ^ c1 ^ (uint64_t)low;
+      c2 = (first >> 32) ^ c3 ^ (uint64_t)high;
+      c1 = second; /* what is in the high halves is never looked at */
+      c3 = first;
+      low += 0x9E3779B9u;
+      high += 0xBB67AE85u;
+    }
+    const DRAW all[4] = {c0, c1, c2, c3};
+    for (int w = 0; w < 4; w++)
+      for (int n = 0; n < VECTOR / 8; n++) words[w][i + n] = (uint32_t)all[w][n];
+  }
+}
+
+/* Draw the signs of coordinates start..stop, and the rotations of their chunks, for every
+   block; `words` has room for DRAWS draws more than that. */
+FN struct plan NAME(draw)(uint32_t *restrict words, const struct sparse *job, num start,
+                          num stop) {
+  uint64_t c[4][DRAWS] __attribute__((aligned(64)));
+  uint32_t drawn[4][DRAWS] __attribute__((aligned(64)));
+  const num first = start / 128, first_chunk = start / job->m / 4;
+  struct plan plan = {
+      .words = words,
+      .sign_draws = (stop + 127) / 128 - first,
+      .rotation_draws = ((stop + job->m - 1) / job->m + 3) / 4 - first_chunk,
+      .blocks = job->blocks,
+      .start = first * 128,
+      .chunk = first_chunk * 4,
+  };
+  num block = 0, draw = 0, domain = SPARSE_SIGN;
+  const num total = plan.blocks * (plan.sign_draws + plan.rotation_draws);
+  for (num done = 0; done < total; done += DRAWS) {
+    for (int i = 0; i < DRAWS; i++) {
+      const num index = draw + (domain == SPARSE_SIGN ? first : first_chunk);
+      c[0][i] = (uint64_t)index;
+      c[1][i] = (uint64_t)index >> 32;
+      c[2][i] = (uint64_t)(job->first + block);
+      c[3][i] = (uint64_t)domain;
+      if (++draw < (domain == SPARSE_SIGN ? plan.sign_draws : plan.rotation_draws))
+        continue;
+      draw = 0;
+      if (++block < plan.blocks) continue;
+      block = 0;
+      domain = SPARSE_ROTATION;
+    }
+    NAME(philox)(c, drawn, job->key);
+    for (int i = 0; i < DRAWS; i++)
+      for (int w = 0; w < 4; w++) words[(done + i) * 4 + w] = drawn[w][i];
+  }
+  return plan;
+}
+
+/* Numbers whose top bits are the next LANES bits of a word; the others are noise. */
+INLINE UVEC NAME(flips)(uint32_t bits) {
+  UVEC lane;
+#if SHIFTS
+  for (int i = 0; i < LANES; i++) lane[i] = (WORD)(BITS - 1 - i);
+  return ((UVEC){} + (WORD)bits) << lane;
+#else
+  for (int i = 0; i < LANES; i++) lane[i] = (WORD)1 << i;
+  return (UVEC)((((UVEC){} + (WORD)bits) & lane) == lane);
+#endif
+}
+
+/* What a share of a sparse sketch needs. */
+struct NAME(space) {
+  uint32_t *words, *bits, *rotations;
+  REAL *x, *acc;
+  num stride;      /* numbers of a chunk, and of a block's sums */
+  num bits_stride; /* words of a chunk's signs */
+  num bytes;
+};
+
+static struct NAME(space) NAME(spaces)(const struct sparse *job, char *memory) {
+  struct NAME(space) s = {.stride = (job->m + 2 * TILE - 1) / TILE * TILE,
+                          .bits_stride = (job->m + 31) / 32 + 1};
+  const num m = job->m, n = job->super;
+  const num draws = job->blocks * (n * m / 128 + 2 + n / 4 + 2) + DRAWS;
+  s.words = take(memory, &s.bytes, 16 * draws);
+  s.bits = take(memory, &s.bytes, 4 * job->blocks * n * s.bits_stride);
+  s.rotations = take(memory, &s.bytes, 4 * job->blocks * n);
+  s.x = take(memory, &s.bytes, (num)sizeof(REAL) * ROWS * job->panel * s.stride);
+  s.acc = take(memory, &s.bytes, (num)sizeof(REAL) * ROWS * job->blocks * s.stride);
+  return s;
+}
+
+/* Copy a chunk of one row, zero outside the gradient, and continue it cyclically. */
+FN void NAME(load_chunk)(REAL *restrict to, const struct sparse *job, num row,
+                         num chunk) {
+  const num m = job->m, begin = chunk * m - job->offset;
+  const num lo = larger(0, -begin), hi = smaller(m, job->k - begin);
+  for (num i = 0; i < lo; i++) to[i] = 0;
+  NAME(load)(to + lo, &job->grads, row, begin + lo, hi - lo);
+  for (num i = hi; i < m; i++) to[i] = 0;
+  for (num i = 0; i < TILE; i++) to[m + i] = to[i];
+}
+
+/* Ask for a part of the numbers that the next panel will be loaded from, while there is
+   something to compute. */
+INLINE void NAME(ask)(const struct ahead *ahead, num part, int rows) {
+  const num end = smaller(ahead->bytes, (part + 1) * ahead->part);
+  for (num at = part * ahead->part; at < end; at += 64)
+    for (int row = 0; row < rows; row++)
+      __builtin_prefetch(ahead->data + row * ahead->row_bytes + at, 0, 2);
+}
+
+/* Add `n` chunks of `rows` rows, in s->x from the `at`-th of their super-block on, to
+   one block's sums; an output is summed in a register. */
+INLINE void NAME(gather)(const struct sparse *job, const struct NAME(space) *s,
+                         num block, num at, num n, const int rows,
+                         const struct ahead *ahead) {
+  const num stride = s->stride, m = job->m;
+  const uint32_t *by = s->rotations + block * job->super + at;
+  const uint32_t *bits = s->bits + (block * job->super + at) * s->bits_stride;
+  REAL *restrict acc = s->acc + block * stride;
+  num part = block * (stride / TILE);
+  for (num d = 0; d < m; d += TILE) {
+    VEC sum[ROWS][2] = {};
+    NAME(ask)(ahead, part++, rows);
+    for (num c = 0; c < n; c++) {
+      const num turned = d - (num)by[c];
+      const REAL *from = s->x + c * rows * stride + turned + (turned < 0 ? m : 0);
+      const uint32_t w = bits[c * s->bits_stride + (d >> 5)] >> (d & 31);
+      for (int t = 0; t < 2; t++) {
+        const UVEC flip = NAME(flips)(w >> (t * LANES)) & SIGN;
+        for (int row = 0; row < rows; row++) {
+          const VEC v = *(const AVEC *)(from + row * stride + t * LANES);
+          sum[row][t] += (VEC)((UVEC)v ^ flip);
+        }
+      }
+    }
+    for (int row = 0; row < rows; row++)
+      for (int t = 0; t < 2; t++)
+        *(VEC *)(acc + row * job->blocks * stride + d + t * LANES) += sum[row][t];
+  }
+}
+
+/* Sum chunks first..last of `rows` rows into s->acc. */
+INLINE void NAME(sum_rows)(const struct sparse *job, const struct NAME(space) *s,
+                           num row, const int rows, num first, num last) {
+  const struct grads *g = &job->grads;
+  const num parts = job->blocks * (s->stride / TILE);
+  memset(s->acc, 0, sizeof(REAL) * (size_t)(rows * job->blocks * s->stride));
+  for (num c = first; c < last; c += job->panel) {
+    const num n = smaller(job->panel, last - c);
+    const num next = (c + n) * job->m - job->offset;
+    const num ahead_n = smaller(larger(0, job->k - next), job->panel * job->m);
+    const struct ahead ahead = {
+        .data = g->data + row * g->row_bytes + next * g->bytes,
+        .row_bytes = g->row_bytes,
+        .bytes = g->step == 1 ? ahead_n * g->bytes : 0,
+        .part = (ahead_n * g->bytes / parts + 64) / 64 * 64,
+    };
+    for (num i = 0; i < n; i++)
+      for (int j = 0; j < rows; j++)
+        NAME(load_chunk)(s->x + (i * rows + j) * s->stride, job, row + j, c + i);
+    for (num r = 0; r < job->blocks; r++)
+      NAME(gather)(job, s, r, c - first, n, rows, &ahead);
+  }
+}
+
+FN void NAME(sum_four)(const struct sparse *job, const struct NAME(space) *s, num row,
+                       num first, num last) {
+  NAME(sum_rows)(job, s, row, ROWS, first, last);
+}
+
+FN void NAME(sum_one)(const struct sparse *job, const struct NAME(space) *s, num row,
+                      num first, num last) {
+  NAME(sum_rows)(job, s, row, 1, first, last);
+}
+
+/* Add s->acc to the outputs of `rows` rows. */
+FN void NAME(add_rows)(const struct sparse *job, const struct NAME(space) *s, num row,
+                       int rows) {
+  const REAL scale = (REAL)job->scale;
+  for (int i = 0; i < rows; i++)
+    for (num r = 0; r < job->blocks; r++) {
+      REAL *restrict out =
+          (REAL *)job->out + (row + i) * job->out_stride + job->column + r * job->m;
+      const REAL *restrict acc = s->acc + (i * job->blocks + r) * s->stride;
+      for (num d = 0; d < job->m; d++) out[d] += scale * acc[d];
+    }
+}
+
+/* Sum super-blocks of chunks until none is left; each waits for its turn to be added. */
+FN void NAME(sparse_share)(void *argument, char *memory, num index, num count) {
+  struct sparse *job = argument;
+  const struct NAME(space) s = NAME(spaces)(job, memory);
+  const num m = job->m, begin = job->offset / m;
+  const num end = (job->offset + job->k + m - 1) / m, base = begin / job->super;
+  for (;;) {
+    const long turn = atomic_fetch_add(&job->next, 1);
+    if ((base + turn) * job->super >= end) return;
+    const num first = larger(begin, (base + turn) * job->super);
+    const num last = smaller(end, (base + turn + 1) * job->super);
+    const struct plan plan = NAME(draw)(s.words, job, first * m, last * m);
+    for (num r = 0; r < job->blocks; r++)
+      for (num c = first; c < last; c++) {
+        const num at = r * job->super + c - first, by = rotation(&plan, r, c, m);
+        s.rotations[at] = (uint32_t)by;
+        turn_bits(s.bits + at * s.bits_stride, block_signs(&plan, r),
+                  c * m - plan.start, m, by);
+      }
+    for (num row = 0, group = 0; row < job->b; group++) {
+      const int rows = job->b - row < ROWS ? 1 : ROWS;
+      (rows == ROWS ? NAME(sum_four) : NAME(sum_one))(job, &s, row, first, last);
+      await(&job->done[group], turn);
+      NAME(add_rows)(job, &s, row, rows);
+      atomic_store_explicit(&job->done[group], turn + 1, memory_order_release);
+      row += rows;
+    }
+  }
+}
+
+/* Add signed numbers to consecutive outputs. */
+FN void NAME(add_run)(REAL *restrict out, const REAL *restrict x, num n,
+                      const uint32_t *words, num bit, REAL scale) {
+  num i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    const UVEC flip = NAME(flips)(bits_at(words, bit + i)) & SIGN;
+    *(AVEC *)(out + i) += scale * (VEC)((UVEC) * (const AVEC *)(x + i) ^ flip);
+  }
+  for (; i < n; i++) {
+    const num at = bit + i;
+    out[i] += scale * (words[at >> 5] >> (at & 31) & 1 ? -x[i] : x[i]);
+  }
+}
+
+/* Add coordinates start..start+n of one row to its sketch. */
+FN void NAME(scatter)(REAL *out, const REAL *x, num n, num start,
+                      const struct sparse *job, const struct plan *plan) {
+  const num m = job->m;
+  const REAL scale = (REAL)job->scale;
+  for (num r = 0; r < job->blocks; r++, out += m) {
+    const uint32_t *words = block_signs(plan, r);
+    for (num i = 0; i < n;) {
+      const num chunk = (start + i) / m, inside = (start + i) % m;
+      const num by = rotation(plan, r, chunk, m);
+      const num to = inside + by < m ? inside + by : inside + by - m;
+      const num run = smaller(smaller(m - inside, m - to), n - i);
+      NAME(add_run)(out + to, x + i, run, words, start + i - plan->start, scale);
+      i += run;
+    }
+  }
+}
+
+/* The sketch of few chunks, which needs no sums of its own. */
+FN void NAME(small_share)(void *argument, char *memory, num index, num count) {
+  const struct sparse *job = argument;
+  num used = 0;
+  REAL *x = take(memory, &used, (num)sizeof(REAL) * job->k);
+  uint32_t *words = take(memory, &used, 0);
+  const struct plan plan =
+      NAME(draw)(words, job, job->offset, job->offset + job->k);
+  for (num row = 0; row < job->b; row++) {
+    NAME(load)(x, &job->grads, row, 0, job->k);
+    NAME(scatter)((REAL *)job->out + row * job->out_stride + job->column, x, job->k,
+                  job->offset, job, &plan);
+  }
+}
+
+FN int NAME(sparse)(struct sparse *job, num threads) {
+  const num chunks = (job->k + job->m - 1) / job->m + 1;
+  const num plan_draws = job->blocks * (job->k / 128 + chunks / 4 + 5) + DRAWS;
+  if (chunks <= SMALL_CHUNKS) {
+    const num bytes = (num)sizeof(REAL) * job->k + 64 + 16 * plan_draws;
+    return run_shares(NAME(small_share), job, 1, bytes);
+  }
+  return run_shares(NAME(sparse_share), job, smaller(threads, chunks / job->super + 1),
+                    NAME(spaces)(job, NULL).bytes);
+}
+
+/* Share `index` of the segments: those of its share of the sketch's rows. */
+FN void NAME(segments_share)(void *argument, char *memory, num index, num count) {
+  const struct segments *all = argument;
+  const struct task *task = all->task;
+  const num low = task->out_rows * index / count;
+  const num high = task->out_rows * (index + 1) / count;
+  num used = 0;
+  REAL *x = take(memory, &used, (num)sizeof(REAL) * task->columns);
+  uint32_t *words = take(memory, &used, 0);
+  for (num i = 0; i < task->rows; i++) {
+    const num row = task->examples[i], start = task->positions[i];
+    if (row < low || row >= high) continue;
+    NAME(load)(x, &all->jobs[0].grads, i, 0, task->columns);
+    for (int k = 0; k < all->kinds; k++) {
+      const struct sparse *job = &all->jobs[k];
+      const struct plan plan = NAME(draw)(words, job, start, start + task->columns);
+      REAL *out = (REAL *)job->out + row * job->out_stride + job->column;
+      NAME(scatter)(out, x, task->columns, start, job, &plan);
+    }
+  }
+}
+
+FN int NAME(sparse_segments)(struct segments *all, num threads) {
+  num draws = 0;
+  for (int k = 0; k < all->kinds; k++) {
+    const struct sparse *job = &all->jobs[k];
+    const num each = all->task->columns / 128 + all->task->columns / job->m / 4 + 6;
+    draws = larger(draws, job->blocks * each + DRAWS);
+  }
+  const num bytes = (num)sizeof(REAL) * all->task->columns + 64 + 16 * draws;
+  return run_shares(NAME(segments_share), all, smaller(threads, all->task->out_rows),
+                    bytes);
+}
+
+#include "native_dense.h"
+
+static const struct kernels NAME(kernels) = {NAME(sparse), NAME(sparse_segments),
+                                             NAME(dense)};
