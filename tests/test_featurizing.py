@@ -17,13 +17,12 @@ from trak._featurizing import (
     finite_rows,
     first_difference,
     pending_rows,
-    read_array,
-    read_rows,
     store_batch,
     write_rows,
 )
 from trak._layout import DONE, PENDING, SKIPPED
 from trak._params import select_parameters
+from trak._reading import read_array, read_rows
 from trak.errors import NonFiniteError, StaleRowError, StoreWriteError
 from trak.gradient_computers import IterativeGradientComputer
 from trak.modelout_functions import ImageClassificationModelOutput

@@ -10,7 +10,7 @@ import torch
 
 from tests import reference
 from tests.problems import assert_scores, draw
-from trak import _finalizing
+from trak import _memory
 from trak._finalizing import FeatureReport, fit, read_reports, report, write_features
 from trak._layout import DONE, SKIPPED
 from trak.errors import TaskError
@@ -30,7 +30,7 @@ def rows(n: int, p: int) -> dict[str, Any]:
 @pytest.mark.parametrize("tile", [1, 10, 1 << 24])
 @pytest.mark.parametrize(("n", "p"), [(9, 4), (4, 9), (5, 5), (1, 1)])
 def test_features(monkeypatch: pytest.MonkeyPatch, n: int, p: int, tile: int) -> None:
-    monkeypatch.setattr(_finalizing, "TILE", tile)
+    monkeypatch.setattr(_memory, "TILE", tile)
     store, array = rows(n, p), np.zeros((n, p), "float32")
     _, kernel = fit(BasicScoreComputer(), store, n, p)
     write_features(kernel, store, array, n, p, CPU)

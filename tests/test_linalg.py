@@ -1,4 +1,4 @@
-"""Gram matrices, damped solves, half-precision rows and streaming top-k."""
+"""Exact products, damped solves and half-precision rows."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from tests.problems import assert_scores, draw
-from trak import _linalg
 from trak._linalg import (
     Kernel,
-    TopK,
+    add_product,
     damp,
     decode_half,
     encode_half,
-    gram,
+    is_finite,
     mean_eigenvalue,
     product,
     pseudo_inverse,
+    scale_rows,
     spans,
 )
 from trak.errors import SingularKernelError
@@ -27,32 +27,6 @@ def test_spans_cover_a_range_once(total: int, step: int) -> None:
     pieces = [i for low, high in spans(total, step) for i in range(low, high)]
     assert pieces == list(range(total))
     assert all(0 < high - low <= step for low, high in spans(total, step))
-
-
-class TestGram:
-    @pytest.mark.parametrize("tile", [1, 5, 12, 1 << 24])
-    @pytest.mark.parametrize(
-        ("n", "p"), [(0, 2), (1, 1), (3, 5), (5, 3), (4, 4), (7, 1)]
-    )
-    def test_is_the_smaller_one(
-        self, monkeypatch: pytest.MonkeyPatch, n: int, p: int, tile: int
-    ) -> None:
-        monkeypatch.setattr(_linalg, "TILE", tile)
-        x = draw(n, p).float()
-        found = gram(lambda low, high: x[low:high], n, p)
-        expected = x.double().T @ x.double() if n > p else x.double() @ x.double().T
-        assert found.dtype == torch.float64
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-
-    def test_no_rows_and_no_columns_to_spare(self) -> None:
-        rows = torch.zeros(0, 2)
-        assert gram(lambda low, high: rows[low:high], 0, 2).shape == (0, 0)
-
-    def test_many_columns_are_summed_in_pieces(self) -> None:
-        x = torch.full((2, 9000), 0.1)
-        found = gram(lambda low, high: x[low:high], 2, 9000)
-        expected = x.double() @ x.double().T
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 class TestKernels:
@@ -149,33 +123,6 @@ class TestHalf:
         torch.testing.assert_close(decoded, rows, rtol=2.0**-11, atol=2.0**-149)
 
 
-class TestTopK:
-    @pytest.mark.parametrize("largest", [True, False])
-    @pytest.mark.parametrize("step", [1, 2, 5, 9])
-    @pytest.mark.parametrize("k", [1, 3, 9, 20])
-    def test_is_the_sorted_matrix(self, k: int, step: int, largest: bool) -> None:
-        matrix = draw(9, 4).float()
-        top = TopK(k, 4, largest=largest)
-        for low, high in spans(9, step):
-            top.update(matrix[low:high], low)
-        values, indices = matrix.sort(dim=0, descending=largest)
-        torch.testing.assert_close(top.values, values[:k])
-        torch.testing.assert_close(top.indices, indices[:k])
-
-    def test_ties_and_empty_blocks(self) -> None:
-        top = TopK(2, 1)
-        top.update(torch.zeros(0, 1), 0)
-        top.update(torch.ones(3, 1), 0)
-        top.update(torch.ones(3, 1), 3)
-        assert top.values[:, 0].tolist() == [1, 1]
-        assert len(set(top.indices[:, 0].tolist())) == 2
-
-    def test_no_columns(self) -> None:
-        top = TopK(2, 0)
-        top.update(torch.zeros(3, 0), 0)
-        assert top.values.shape == (2, 0)
-
-
 def test_scores_compare_by_their_largest() -> None:
     with pytest.raises(AssertionError):
         assert_scores(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 1e-2]), 1e-3)
@@ -196,3 +143,55 @@ def test_products_are_exact_where_fast_ones_were_asked_for(newer: bool) -> None:
         torch.set_float32_matmul_precision(before)
     expected = left.double() @ left.double().T
     torch.testing.assert_close(exact.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+def test_products_are_added(wide: torch.dtype, narrow: bool) -> None:
+    left, right, total = draw(3, 5), draw(5, 2, seed=1), draw(3, 2, seed=2)
+    found = total.to(wide, copy=True)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium" if narrow else "highest")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            add_product(found, left.float(), right.T.contiguous().T.float())
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(
+        found, (total + left @ right).to(wide), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_sums_that_overflow_are_not_mistaken_for_entries_that_did() -> None:
+    assert is_finite(torch.full((2, 2), 3e38))
+    for bad in (torch.inf, -torch.inf, torch.nan):
+        assert not is_finite(torch.tensor([[1.0, bad]]))
+    assert is_finite(torch.zeros(0, 3))
+
+
+@pytest.mark.parametrize("kernel", [0.0, 0.5, "pinv"])
+def test_roots_of_inverses(kernel: float | str) -> None:
+    x = draw(9, 4)
+    gram = x.T @ x
+    fitted = pseudo_inverse(gram) if kernel == "pinv" else damp(gram, kernel)
+    root = fitted.root()
+    torch.testing.assert_close(root @ root.T, fitted.solve(torch.eye(4).double()))
+    if kernel != "pinv":
+        assert torch.equal(root, root.triu())
+
+
+def test_conditions_near_the_bound_are_looked_at_closely() -> None:
+    # The trace says 16 * 4e4, times rounding below 1; the ridge of 1e-4 is 1e-8 of it.
+    kernel = torch.eye(4).double() * 1e4
+    assert damp(kernel, 1e-4).condition == pytest.approx(1.0)
+    kernel[0, 0] = 0
+    with pytest.raises(SingularKernelError, match=r"condition number is 1.0e\+08"):
+        damp(kernel, 1e-4)
+
+
+@pytest.mark.parametrize("exponent", [-149, -127, -60, 0, 60, 127, 128])
+def test_rows_are_scaled_by_powers_of_two(exponent: int) -> None:
+    rows = draw(3, 5).float() * 2.0 ** (-exponent // 2)
+    expected = torch.ldexp(rows.double(), torch.tensor(exponent)).float()
+    scale_rows(rows, torch.full((3,), exponent))
+    torch.testing.assert_close(rows, expected, rtol=0, atol=0)

@@ -11,13 +11,13 @@ from torch import Tensor
 from tests import reference
 from tests.contracts.score_computer_contract import ScoreComputerContract
 from tests.problems import assert_scores, draw
-from trak import score_computers
+from trak import _memory
+from trak._blocked import Side
 from trak.errors import OptionError, SingularKernelError
 from trak.score_computers import (
     AbstractScoreComputer,
     BasicScoreComputer,
     BasicSingleBlockScoreComputer,
-    Side,
     as_blocked,
     describe,
 )
@@ -76,7 +76,7 @@ def test_blocks_are_the_textbook_formula(
     lambda_reg: float | str,
     tile: int,
 ) -> None:
-    monkeypatch.setattr(score_computers, "TILE", tile)
+    monkeypatch.setattr(_memory, "TILE", tile)
     xs = [draw(n, p, seed=i) * 10**i for i in range(2)]
     phis = [draw(5, p, seed=10 + i) for i in range(2)]
     weights = draw(n, seed=20).abs()

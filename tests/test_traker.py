@@ -23,7 +23,7 @@ from tests.problems import (
     sparse,
     split,
 )
-from trak import _finalizing, _linalg, score_computers
+from trak import _memory
 from trak._batches import take
 from trak.errors import OptionError, SingularKernelError
 from trak.gradient_computers import (
@@ -195,8 +195,7 @@ def test_tile_size_does_not_matter(
         top = torch.from_numpy(traker.top_k("exp", k=3).scores)
         features = torch.from_numpy(traker.saver.current_store["features"] + 0.0)
         results.append((scores, influence, top, features))
-        for module in (_linalg, _finalizing, score_computers):
-            monkeypatch.setattr(module, "TILE", tile)
+        monkeypatch.setattr(_memory, "TILE", tile)
     for ours, theirs in zip(*results, strict=True):
         assert_scores(ours, theirs, 1e-5)
 

@@ -11,8 +11,9 @@ from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from trak._layout import DONE, PENDING, SKIPPED
-from trak._linalg import RowReader, decode_half, encode_half
+from trak._linalg import encode_half
 from trak._pipeline import Pipeline
+from trak._reading import read_rows
 from trak._types import Batch
 from trak.errors import StaleRowError, StoreWriteError
 
@@ -239,42 +240,3 @@ def check_same_rows(
                 f"through the data in a fixed order and without augmentation, or pass "
                 f"inds; for other data use another save_dir or exp_name."
             )
-
-
-def read_rows(store: Store, prefix: str, device: torch.device) -> RowReader:
-    """Make a reader of projected gradients.
-
-    Args:
-        store: The saver's current arrays.
-        prefix: ``""`` for training rows, ``"{exp}_"`` for targets.
-        device: Where the rows are wanted.
-
-    Returns:
-        ``read(low, high)``, which gives float32 rows of shape ``(high - low, p)``.
-    """
-    grads = store[f"{prefix}grads"]
-    exponents = store.get(f"{prefix}grads_exponent")
-
-    def read(low: int, high: int) -> Tensor:
-        rows = _as_tensor(grads[low:high])
-        if exponents is None:
-            return rows.to(device).float()
-        return decode_half(rows, _as_tensor(exponents[low:high])[:, 0]).to(device)
-
-    return read
-
-
-def read_array(array: Any, device: torch.device) -> RowReader:
-    """Make a reader of the rows of any array, as float32."""
-
-    def read(low: int, high: int) -> Tensor:
-        return _as_tensor(array[low:high]).to(device).float()
-
-    return read
-
-
-def _as_tensor(array: Any) -> Tensor:
-    if isinstance(array, Tensor):
-        return array
-    # A copy, so that no tensor ever aliases a file.
-    return torch.from_numpy(np.array(array))

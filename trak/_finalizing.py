@@ -11,9 +11,13 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from trak._featurizing import Store, read_rows
+from trak._blocked import Shape
+from trak._blocked import write_features as write_blocks
+from trak._featurizing import Store
 from trak._layout import SKIPPED
-from trak._linalg import TILE, Kernel, spans
+from trak._linalg import Kernel, spans
+from trak._memory import read_height
+from trak._reading import ZeroRows, read_rows
 from trak.errors import TaskError
 from trak.score_computers import BasicScoreComputer
 
@@ -71,7 +75,11 @@ class FeatureReport:
 
 
 def fit(
-    computer: BasicScoreComputer, store: Store, n: int, p: int
+    computer: BasicScoreComputer,
+    store: Store,
+    n: int,
+    p: int,
+    zeros: ZeroRows | None = None,
 ) -> tuple[Float64[Tensor, "q q"], Kernel]:
     """Compute, or read, a checkpoint's Gram matrix, and factor it.
 
@@ -80,6 +88,7 @@ def fit(
         store: The checkpoint's arrays.
         n: Number of training examples.
         p: Projected entries.
+        zeros: Takes note of rows that are zero, if rows are read at all.
 
     Returns:
         The Gram matrix and the damped kernel.
@@ -87,12 +96,22 @@ def fit(
     if "gram" in store:
         gram = torch.from_numpy(np.array(store["gram"])).to(computer.device)
     else:
-        gram = computer.gram(read_rows(store, "", computer.device), n, p)
+        gram = computer.gram(read_rows(store, "", computer.device, zeros), n, p)
     return gram, computer.kernel(gram, n, p)
 
 
-def report(store: Store, kernel: Kernel, n: int, p: int) -> FeatureReport:
-    """Look over a checkpoint's rows once, for what a user should know about them.
+def report(
+    store: Store, kernel: Kernel, n: int, p: int, zeros: ZeroRows | None = None
+) -> FeatureReport:
+    """Put together what a user should know about a checkpoint's rows.
+
+    Args:
+        store: The checkpoint's arrays.
+        kernel: Its damped Gram matrix.
+        n: Number of training examples.
+        p: Projected entries.
+        zeros: What saw the rows while they were read for something else; if it did not
+            see all, they are read.
 
     Returns:
         The report.
@@ -100,11 +119,11 @@ def report(store: Store, kernel: Kernel, n: int, p: int) -> FeatureReport:
     Raises:
         TaskError: If every out-to-loss weight is zero, so every score would be.
     """
-    read = read_rows(store, "", torch.device("cpu"))
-    zero = sum(
-        int((read(low, high) == 0).all(dim=1).sum())
-        for low, high in spans(n, max(1, TILE // p))
-    )
+    if zeros is None or not zeros.is_complete:
+        zeros = ZeroRows(n)
+        read = read_rows(store, "", torch.device("cpu"), zeros)
+        for low, high in spans(n, read_height(p)):
+            read(low, high)
     weights = np.abs(np.asarray(store["out_to_loss"], dtype=np.float64))
     if not weights.any():
         raise TaskError(
@@ -120,7 +139,7 @@ def report(store: Store, kernel: Kernel, n: int, p: int) -> FeatureReport:
         solve="primal" if n > p else "dual",
         ridge=kernel.ridge,
         condition=kernel.condition,
-        zero_rows=zero - skipped,
+        zero_rows=zeros.count - skipped,
         skipped_rows=skipped,
         saturated=float((weights < SATURATED).mean()),
         dtype=str(store["grads"].dtype),
@@ -141,21 +160,14 @@ def read_reports(
 def write_features(
     kernel: Kernel, store: Store, array: Any, n: int, p: int, device: torch.device
 ) -> None:
-    r"""Write :math:`\Phi = X (X^\top X + \lambda I)^{-1}` block by block.
+    """Write the features of a checkpoint.
 
     Args:
-        kernel: The damped Gram matrix, the smaller of the two.
-        store: The checkpoint's arrays.
+        kernel: Its damped Gram matrix, the smaller of the two.
+        store: Its arrays.
         array: Changed in place. Shape ``(n, p)``.
         n: Number of training examples.
         p: Projected entries.
         device: Where to compute.
     """
-    read = read_rows(store, "", device)
-    if n > p:
-        for low, high in spans(n, max(1, TILE // p)):
-            array[low:high] = kernel.solve(read(low, high).T).T.float().cpu().numpy()
-        return
-    rows = read(0, n)  # (XX' + λI)⁻¹ X needs all rows for each column
-    for low, high in spans(p, max(1, TILE // n)):
-        array[:, low:high] = kernel.solve(rows[:, low:high]).float().cpu().numpy()
+    write_blocks(kernel, read_rows(store, "", device), array, Shape(n, 0, p, device))

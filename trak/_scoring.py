@@ -14,15 +14,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trak import _finalizing as finalizing
-from trak._featurizing import read_array, read_rows
+from trak._blocked import Block, Side
 from trak._layout import PENDING
-from trak._linalg import Kernel, TopK
+from trak._linalg import Kernel, is_finite
 from trak._readiness import (
     has_features,
     require_features,
     require_featurized,
     require_finalized,
 )
+from trak._reading import ZeroRows, read_array, read_rows
+from trak._topk import TopK
 from trak.errors import (
     ExperimentError,
     ModelIDException,
@@ -32,13 +34,7 @@ from trak.errors import (
     StoreMismatchError,
 )
 from trak.savers import AbstractSaver, MmapSaver
-from trak.score_computers import (
-    AbstractScoreComputer,
-    Block,
-    Side,
-    as_blocked,
-    describe,
-)
+from trak.score_computers import AbstractScoreComputer, as_blocked, describe
 
 logger = logging.getLogger("TRAK")
 
@@ -123,8 +119,9 @@ class Scoring:
         store, record = saver.current_store, saver.model_ids[model_id]
         blocked = as_blocked(self.computer)
         if blocked is not None:
-            gram, kernel = finalizing.fit(blocked, store, self.n, self.p)
-            found = finalizing.report(store, kernel, self.n, self.p)
+            zeros = ZeroRows(self.n)
+            gram, kernel = finalizing.fit(blocked, store, self.n, self.p, zeros)
+            found = finalizing.report(store, kernel, self.n, self.p, zeros)
             record.update(finalized_with=describe(self.computer), is_finalized=0)
             saver.keep_gram(gram.cpu().numpy())
             record["report"] = found.as_dict()
@@ -277,7 +274,7 @@ class Scoring:
             total=self.n * m, desc="Scoring", unit="score", disable=self.quiet
         ) as bar:
             for block in found:
-                if not bool(torch.isfinite(block.values).all()):
+                if not is_finite(block.values):
                     raise NonFiniteError(
                         f"scores of training examples {block.rows[0]} to "
                         f"{block.rows[1] - 1} on experiment {exp_name!r} are not finite; "
@@ -352,7 +349,7 @@ class Scoring:
             largest: Whether the most helpful, or the most harmful.
 
         Returns:
-            Scores and indices, best first.
+            Scores and indices, best first; of equal scores the lower index first.
         """
         finished: list[TopK] = []
         columns: tuple[int, int] | None = None

@@ -75,6 +75,10 @@ class SingularKernelError(TrakError, RuntimeError):
     """The kernel of the features has no inverse at the damping asked for."""
 
 
+class OutOfMemoryError(TrakError, MemoryError):
+    """There is not enough memory even for the smallest tile."""
+
+
 class BackendError(TrakError, ModuleNotFoundError, ValueError):
     """A back end was asked for by name and cannot run here."""
 

@@ -8,19 +8,18 @@ from __future__ import annotations
 import logging
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Float, Float32, Float64
+from jaxtyping import Float, Float64
 from torch import Tensor
 
+from trak._blocked import Block, Shape, Side, score_blocks, self_influence
+from trak._gram import add_gram, gram, mirror
 from trak._linalg import (
-    TILE,
     Kernel,
     RowReader,
     damp,
-    gram,
     mean_eigenvalue,
     product,
     pseudo_inverse,
@@ -98,35 +97,6 @@ class AbstractScoreComputer(ABC):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
-    """One checkpoint's part in the scores: where its rows are, and its kernel."""
-
-    train: RowReader
-    """Reads projected training gradients, or finished features if ``kernel`` is None."""
-
-    targets: RowReader
-    """Reads projected target gradients."""
-
-    kernel: Callable[[], Kernel] | None
-    """Factors the damped Gram matrix of the training gradients, anew at each call: kept
-    for every checkpoint at once, the factors might not fit into memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A rectangle of the score matrix."""
-
-    rows: tuple[int, int]
-    """First training example, and one past the last."""
-
-    columns: tuple[int, int]
-    """First target, and one past the last."""
-
-    values: Float32[Tensor, "rows columns"]
-    """The scores."""
-
-
 class BasicScoreComputer(AbstractScoreComputer):
     r"""The exact estimator, in float32 products, float64 sums and float64 solves.
 
@@ -172,8 +142,8 @@ class BasicScoreComputer(AbstractScoreComputer):
         p = grads.shape[1]
         total = torch.zeros(p, p, dtype=torch.float64, device=self.device)
         for low, high in spans(len(grads), self.CUDA_MAX_DIM_SIZE):
-            rows = grads[low:high].to(self.device, torch.float32)
-            total += product(rows.T, rows)
+            add_gram(total, grads[low:high].to(self.device, torch.float32))
+        mirror(total)
         return total
 
     def get_x_xtx_inv(self, grads: Tensor, xtx: Tensor) -> Tensor:
@@ -241,8 +211,8 @@ class BasicScoreComputer(AbstractScoreComputer):
         return damp(xtx, self._damping.ridge(average))
 
     def gram(self, train: RowReader, n: int, p: int) -> Float64[Tensor, "q q"]:
-        """Sum the smaller Gram matrix of the training gradients; see ``_linalg.gram``."""
-        return gram(train, n, p)
+        """Sum the smaller Gram matrix of the training gradients."""
+        return gram(train, n, p, self.device)
 
     @property
     def damping(self) -> Damping:
@@ -266,39 +236,12 @@ class BasicScoreComputer(AbstractScoreComputer):
             m: Number of targets.
             p: Projected entries.
 
-        Yields:
+        Returns:
             Blocks that cover the matrix: all rows of some columns, then all rows of the
             next.
         """
         scale = (weight.double() / len(sides)).float().to(self.device)[:, None]
-        width = max(1, TILE // (max(min(n, p), 1) * len(sides)))
-        height = max(1, TILE // max(p, min(width, m)))
-        for start, stop in spans(m, width):
-            parts = [self._right(side, n, p, start, stop) for side in sides]
-            for low, high in spans(n, height):
-                total = torch.zeros(
-                    high - low, stop - start, dtype=torch.float32, device=self.device
-                )
-                for side, (right, is_score) in zip(sides, parts, strict=True):
-                    total += (
-                        right[low:high]
-                        if is_score
-                        else product(side.train(low, high), right)
-                    )
-                yield Block((low, high), (start, stop), total * scale[low:high])
-
-    def _right(
-        self, side: Side, n: int, p: int, start: int, stop: int
-    ) -> tuple[Float32[Tensor, "k columns"], bool]:
-        """Solve for some targets; in the dual this gives their scores already."""
-        targets = side.targets(start, stop).T
-        if side.kernel is None:
-            return targets, False
-        if n > p:
-            return side.kernel().solve(targets).float(), False
-        pieces = spans(n, TILE // p + 1)
-        products = [product(side.train(lo, hi), targets) for lo, hi in pieces]
-        return side.kernel().solve(torch.cat(products)).float(), True
+        return score_blocks(sides, scale, Shape(n, m, p, self.device))
 
     def self_influence(self, side: Side, n: int, p: int) -> Float64[Tensor, " n"]:
         r"""Compute :math:`\phi_i^\top (X^\top X + \lambda I)^{-1} \phi_i` for all rows.
@@ -320,18 +263,7 @@ class BasicScoreComputer(AbstractScoreComputer):
                 "Self-influence needs the training gradients, which were deleted by "
                 "del_grads=True; featurize again without it."
             )
-        kernel = side.kernel()
-        if n <= p:
-            # XX'(XX' + λI)⁻¹ = I - λ(XX' + λI)⁻¹ and, undamped, the projection on its range.
-            eye = torch.eye(n, dtype=torch.float64, device=self.device)
-            if kernel.ridge:
-                return 1 - kernel.ridge * kernel.solve(eye).diagonal()
-            return (self.gram(side.train, n, p) @ kernel.solve(eye)).diagonal()
-        result = torch.empty(n, dtype=torch.float64, device=self.device)
-        for low, high in spans(n, max(1, TILE // p)):
-            rows = side.train(low, high).double()
-            result[low:high] = (rows * kernel.solve(rows.T).T).sum(dim=1)
-        return result
+        return self_influence(side, side.kernel(), Shape(n, 0, p, self.device))
 
 
 class BasicSingleBlockScoreComputer(BasicScoreComputer):

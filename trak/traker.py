@@ -365,7 +365,7 @@ class TRAKer:
             allow_skip: As in :meth:`finalize_scores`.
 
         Returns:
-            ``scores`` and ``indices``, best first, ties in any order. Shapes ``(m, k)``.
+            ``scores`` and ``indices``, best first, ties by index. Shapes ``(m, k)``.
 
         Raises:
             OptionError: If ``k`` is not between 1 and ``n``.
