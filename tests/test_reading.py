@@ -48,7 +48,7 @@ def test_read_only_arrays(tmp_path: Path) -> None:
     torch.testing.assert_close(read_array(array, CPU)(2, 9), draw(9, 5)[2:].float())
 
 
-@pytest.mark.parametrize("cached", [1, 7, 1 << 18])
+@pytest.mark.parametrize("cached", [1, 7, 1 << 20])
 @pytest.mark.parametrize("prefix", ["", "exp_"])
 def test_half_precision_rows_with_exponents(
     monkeypatch: pytest.MonkeyPatch, prefix: str, cached: int

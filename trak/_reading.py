@@ -15,8 +15,8 @@ from trak._linalg import decode_half, spans
 PAGE = 4096
 """Bytes of which one must be looked at for all to come into memory; or more."""
 
-CACHED = 1 << 18
-"""Entries that are decoded at once, so that scaling them finds them in the cache."""
+CACHED = 1 << 20
+"""Entries that are scaled at once, so that they are still in the cache."""
 
 
 class Fetched(NamedTuple):
@@ -79,16 +79,13 @@ class StoredRows:
 
     def decode(self, fetched: Fetched, out: Float32[Tensor, "b p"]) -> None:
         """Put fetched rows into a place as float32: no tensor aliases a file."""
-        rows = _as_tensor(fetched.rows)
-        step = (
-            max(1, CACHED // max(out.shape[1], 1)) if rows.device == out.device else 0
-        )
-        for low, high in spans(len(rows), step or max(1, len(rows))):
-            if fetched.exponents is None:
-                out[low:high] = rows[low:high]
-                continue
-            exponents = torch.from_numpy(fetched.exponents[low:high]).to(out.device)
-            decode_half(rows[low:high].to(out.device), exponents, out[low:high])
+        rows, exponents = _as_tensor(fetched.rows), fetched.exponents
+        if exponents is None or not exponents.any():
+            out.copy_(rows.to(out.device))  # and converted there
+        else:
+            for low, high in spans(len(rows), max(1, CACHED // max(out.shape[1], 1))):
+                part = torch.from_numpy(exponents[low:high]).to(out.device)
+                decode_half(rows[low:high].to(out.device), part, out[low:high])
         if self._look is not None:
             self._look(fetched.low, out)
 
