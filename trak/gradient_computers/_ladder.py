@@ -208,6 +208,14 @@ class Ladder:
             self.reasons[name] = reason
         self._collect()
 
+    def leave_hooks(self, reason: str) -> None:
+        """Serve every parameter without hooks."""
+        for name, ways in self._ways.items():
+            if ways[0] in HOOKED:
+                self._ways[name] = [Rung.VMAP, Rung.LOOP]
+                self.reasons[name] = reason
+        self._collect()
+
     def coverage(self) -> Coverage:
         """Return which way serves each parameter."""
         shapes = zip(self.selection.names, self.selection.shapes, strict=True)
