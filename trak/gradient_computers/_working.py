@@ -50,8 +50,8 @@ def working_bytes(
         (size for name, size in sizes.items() if name not in whole), default=0
     )
     if largest:
-        # A piece, and the one before it.
-        pieces = 2 * min(batch_size * largest, max(block_bytes, largest))
+        # All of a parameter's gradients; or a piece of them, and the one before it.
+        pieces = min(batch_size * largest, 2 * max(block_bytes, largest))
         # Some examples are first compared with autograd: one gradient of all, copied.
         proof = 2 * sum(sizes.values()) + min(batch_size, EXAMPLES) * activations
         found = max(found, batch_size * activations + pieces, proof)

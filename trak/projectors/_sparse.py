@@ -32,6 +32,8 @@ _PIECE: Final = 2**16
 _ROWS: Final = {"cpu": 32}
 _ROWS_ELSEWHERE: Final = 256
 _CACHE_BYTES: Final = 128 * 2**20
+# What drawing the plan of a piece takes for a moment.
+_DRAWING_BYTES: Final = 24 * 2**20
 # Of as many plans as are kept: what was not asked for so long is another checkpoint's.
 _ROUNDS: Final = 4
 # Native kernels read gradients once, while they are still in a cache.
@@ -120,7 +122,8 @@ class SparseProjector(AdditiveProjector):
         rows = min(batch_size, _ROWS.get(self.device.type, _ROWS_ELSEWHERE))
         plans = 8 * self.nonzeros * self.grad_dim  # a source and a sign for each
         piece = 4 * rows * min(self.grad_dim, max(_PIECE, self.proj_dim))
-        return 2 * result + min(plans, _CACHE_BYTES) + piece
+        drawn = min(plans, _CACHE_BYTES) + min(plans, _DRAWING_BYTES)
+        return 2 * result + drawn + piece
 
     def _law(self) -> str:
         return f"{ProjectionType.sparse.value} nonzeros={self.nonzeros}"
