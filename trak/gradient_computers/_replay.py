@@ -61,7 +61,8 @@ class Recording:
         if isinstance(model, torch.jit.ScriptModule):
             yield  # its forward cannot be replaced later
             return
-        handle = model.register_forward_hook(note, with_kwargs=True)
+        # First of all hooks, as those of the user run again on what is answered.
+        handle = model.register_forward_hook(note, prepend=True, with_kwargs=True)
         try:
             yield
         finally:
