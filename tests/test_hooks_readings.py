@@ -1,4 +1,4 @@
-"""Batches whose shapes would be read otherwise than those that were checked before."""
+"""Batches and models that are not as they were when they were checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.test_hooks_models import (
     randomize,
 )
 from trak._params import flatten_rows
-from trak.errors import TrakWarning
+from trak.errors import GradientError, TrakWarning
 from trak.gradient_computers import HookGradientComputer
 from trak.modelout_functions import resolve_task
 
@@ -153,3 +153,28 @@ def test_weights_from_outputs_that_a_hook_of_the_user_replaces() -> None:
         found = computer.compute_loss_grad((x, labels))
         chances = (2 * model[0](x + 1)).softmax(1)[torch.arange(5), labels]
         torch.testing.assert_close(found, 1 - chances[:, None])
+
+
+def test_a_module_that_was_replaced_between_batches() -> None:
+    model = randomize(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)))
+    task = resolve_task("image_classification")
+    computer = HookGradientComputer(model, task)
+    batch = draw(5, 4, seed=3), classes(5)
+    for _ in range(2):
+        found = flatten_rows(computer.compute_per_sample_grad(batch))
+        assert_exact(found, expected(model, task, batch))
+        model[0] = randomize(nn.Linear(4, 4), seed=1)
+
+
+def test_a_mode_that_was_switched_between_batches() -> None:
+    class Centred(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x - x.mean(0) if self.training else x
+
+    model = randomize(nn.Sequential(nn.Linear(4, 4), Centred(), nn.Linear(4, 3)))
+    computer = HookGradientComputer(model, resolve_task("image_classification"))
+    batch = draw(5, 4, seed=3), classes(5)
+    computer.compute_per_sample_grad(batch)
+    model[1].train()
+    with pytest.raises(GradientError, match="depends on the others"):
+        computer.compute_per_sample_grad(batch)
