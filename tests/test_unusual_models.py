@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from tests.problems import (
     sparse,
     split,
 )
-from trak._batches import row_digests
+from trak._batches import row_digests, take
 from trak.errors import CheckpointError, GradientError, OptionError, OrderError
 from trak.gradient_computers import (
     FunctionalGradientComputer,
@@ -191,3 +193,30 @@ def test_sparse_gradients_and_parameters_of_several_types(
 def test_sparse_batches_have_digests_too() -> None:
     dense = torch.eye(3)[[0, 2, 1]]
     np.testing.assert_array_equal(row_digests(dense.to_sparse()), row_digests(dense))
+
+
+def test_several_threads_with_one_model(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4)
+    traker = make(problem, tmp_path)
+    traker.load_checkpoint(problem.checkpoints[0], model_id=0)
+
+    def one(i: int) -> None:
+        traker.featurize(take(problem.train, slice(i, i + 1)), inds=[i])
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(one, range(problem.n)):
+            pass
+    assert all(value.requires_grad for value in problem.model.parameters())
+    traker.finalize_features()
+    assert_scores(score(traker, problem), problem.expected(sparse(problem)))
+
+
+def test_a_module_that_was_replaced_by_its_copy(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4)
+    traker = make(problem, tmp_path)
+    traker.load_checkpoint(problem.checkpoints[0], model_id=0)
+    traker.featurize(take(problem.train, slice(0, 4)), num_samples=4)
+    problem.model[0] = copy.deepcopy(problem.model[0])
+    traker.featurize(take(problem.train, slice(4, None)), num_samples=problem.n - 4)
+    traker.finalize_features()
+    assert_scores(score(traker, problem), problem.expected(sparse(problem)))
