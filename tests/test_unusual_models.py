@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from trak.gradient_computers import (
     IterativeGradientComputer,
 )
 from trak.modelout_functions import resolve_task
+from trak.projectors import SparseProjector
 
 
 def train_on(problem: Problem) -> None:
@@ -220,3 +222,46 @@ def test_a_module_that_was_replaced_by_its_copy(tmp_path: Path) -> None:
     traker.featurize(take(problem.train, slice(4, None)), num_samples=problem.n - 4)
     traker.finalize_features()
     assert_scores(score(traker, problem), problem.expected(sparse(problem)))
+
+
+class Words(torch.nn.Module):
+    """An embedding, whose gradients come in runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.tanh(self.words(ids)).mean(1))
+        return logits
+
+
+class HalvesPieces(SparseProjector):
+    def project_into(
+        self, out: Any, grads: Any, model_id: int, parameter: str = "", offset: int = 0
+    ) -> None:
+        super().project_into(out, grads / 2, model_id, parameter, offset)
+
+
+def halve_whole(projector: SparseProjector) -> None:
+    whole = projector.project
+    projector.project = lambda *args, **kwargs: whole(*args, **kwargs) / 2
+
+
+@pytest.mark.parametrize("way", ["a method of the class", "one of the instance"])
+def test_projectors_that_change_what_they_inherit(tmp_path: Path, way: str) -> None:
+    ids = torch.arange(33).reshape(11, 3) % 7
+    problem = classification(Words(), 4)
+    problem.train = (ids, problem.train[1])
+    problem.targets = (ids[:4], problem.targets[1])
+    d = sum(value.numel() for value in problem.model.parameters())
+    kind = SparseProjector if way == "one of the instance" else HalvesPieces
+    projector = kind(d, 64, 0)
+    if way == "one of the instance":
+        halve_whole(projector)
+    traker = make(problem, tmp_path, projector=projector, proj_dim=64)
+    featurize(traker, problem)
+    traker.saver.load_current_store(0)
+    found = torch.from_numpy(traker.saver.current_store["grads"] + 0.0)
+    expected, _, _ = problem.parts(projector)
+    torch.testing.assert_close(found.double(), expected[0], rtol=2e-3, atol=2e-3)
