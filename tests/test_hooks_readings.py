@@ -178,3 +178,17 @@ def test_a_mode_that_was_switched_between_batches() -> None:
     model[1].train()
     with pytest.raises(GradientError, match="depends on the others"):
         computer.compute_per_sample_grad(batch)
+
+
+@pytest.mark.parametrize("shapes", [[(5, 5, 4)], [(4, 6, 4), (5, 5, 4)]])
+def test_a_bad_example_does_not_change_how_the_others_are_read(shapes: Any) -> None:
+    model = randomize(Module(positions_first, **head(layer=nn.Linear(4, 4))))
+    task = resolve_task("image_classification")
+    computer = HookGradientComputer(model, task)
+    rows = torch.tensor([0, 1, 3])
+    for shape in shapes:
+        x, labels = draw(*shape, seed=3), classes(shape[0])
+        x[2] = torch.nan
+        found = flatten_rows(computer.compute_per_sample_grad((x, labels)))
+        assert_exact(found[rows], expected(model, task, (x[rows], labels[rows])))
+        assert found[2].isnan().all()
