@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -475,6 +476,46 @@ def test_another_question_runs_the_model(change: Any) -> None:
     model.calls = 0
     torch.testing.assert_close(computer.compute_loss_grad(batch), known)
     assert model.calls == 1
+
+
+class Tempered(nn.Module):
+    """Takes a NumPy array, and has a buffer."""
+
+    temperature: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, x: Tensor, gains: np.ndarray) -> Tensor:
+        logits: Tensor = self.layer(x * self.temperature) * torch.from_numpy(gains)
+        return logits
+
+
+@pytest.mark.parametrize("in_inference", [False, True])
+def test_another_buffer_or_an_array_runs_the_model(in_inference: bool) -> None:
+    class Hot(PerExample):
+        def get_outputs(self, model: Any, *arguments: Any) -> Tensor:
+            return model(arguments[-1][0], np.ones(3))[:, 0]
+
+        def get_out_to_loss_grad(
+            self, model: Any, weights: Any, buffers: Any, batch: Any
+        ) -> Tensor:
+            hot = {"temperature": torch.tensor(5.0)}
+            call = torch.func.functional_call(model, (weights, hot), batch[0], hot_only)
+            logits: Tensor = call
+            return logits[:, :1]
+
+    hot_only = {"gains": np.ones(3)}
+    with torch.inference_mode(mode=in_inference):
+        constant = torch.ones(())
+    model = randomize(Tempered())
+    model.temperature = constant
+    computer = computer_of(model, Hot())
+    gradients(computer)
+    found = computer.compute_loss_grad(BATCH)
+    torch.testing.assert_close(found, model.layer(5 * BATCH[0])[:, :1])
 
 
 def test_outputs_that_were_written_to_are_not_used_again() -> None:

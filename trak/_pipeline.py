@@ -79,6 +79,24 @@ class ProjectingSink:
         self.rows.zero_()
 
 
+def _adds_up(projector: AdditiveProjector) -> bool:
+    """Tell whether a projector's sums of pieces are its sketches of whole gradients.
+
+    With a ``project`` of its own it wants to see whole gradients, and with a
+    ``project_into`` of its own it does not know of runs.
+
+    Returns:
+        Whether they are.
+    """
+    names = ("project", "project_into", "project_segments_into")
+    project, into, runs = (
+        name in vars(projector)
+        or getattr(type(projector), name) is not getattr(AdditiveProjector, name)
+        for name in names
+    )
+    return not project and (runs or not into)
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """What turns an example into a row, for one checkpoint."""
@@ -171,8 +189,7 @@ class Pipeline:
         return (
             getattr(self.computer, "stream_per_sample_grads", None) is not None
             and isinstance(projector, AdditiveProjector)
-            # A subclass with a `project` of its own wants to see whole gradients.
-            and type(projector).project is AdditiveProjector.project
+            and _adds_up(projector)
             and projector.grad_dim == self.selection.grad_dim
             and projector.proj_dim == self.proj_dim
             and projector.device.type

@@ -306,7 +306,8 @@ class Engine:
         self, batch: Batch, sink: GradientSink, *, proving: bool
     ) -> Tensor | None:
         ladder = self.ladder
-        tape = Tape(ladder.stations, batch_size(batch), sink)
+        shapes = tuple(leaf.shape[1:] for leaf in row_leaves(batch))
+        tape = Tape(ladder.stations, batch_size(batch), sink, shapes)
         recording = Recording()
         try:
             with tape.listening(self.model):
