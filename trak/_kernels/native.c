@@ -116,7 +116,6 @@ struct share {
   num index, count;
 };
 
-#define ROWS 4         /* rows of a sparse sketch that share a sign */
 #define DRAWS 16       /* draws encrypted together */
 #define PANEL 2048     /* coordinates of a row kept in the first cache */
 #define SUPER 16384    /* and those summed before they are added to out, at least */
@@ -130,6 +129,7 @@ struct share {
 
 static num smaller(num a, num b) { return a < b ? a : b; }
 static num larger(num a, num b) { return a > b ? a : b; }
+static num parts_of(num a, num b) { return (a + b - 1) / b; }
 
 /* Set an aligned part of memory aside; with a NULL start, only count it. */
 static void *take(char *memory, num *used, num bytes) {
@@ -174,7 +174,7 @@ static inline num rotation(const struct plan *plan, num block, num chunk, num m)
 }
 
 /* Words of the turned signs of a chunk in one block. */
-static num sign_words(const struct sparse *job) { return (job->m + 31) / 32; }
+static num sign_words(const struct sparse *job) { return (job->m + 63) / 64 * 2; }
 
 /* Words of a plan for so many chunks: their signs in every block, and the rotations. */
 static num plan_words(const struct sparse *job, num chunks) {
@@ -350,7 +350,7 @@ EXPORT num trak_sparse(const struct task *task) {
   describe_both(jobs, task);
   for (int kind = 0; kind < 2; kind++)
     if (jobs[kind].blocks > 0) {
-      done[kind] = calloc((size_t)(task->rows / ROWS + ROWS), sizeof **done);
+      done[kind] = calloc((size_t)task->rows, sizeof **done);
       jobs[kind].done = done[kind];
       failed |= !done[kind];
     }

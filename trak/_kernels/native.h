@@ -4,6 +4,7 @@
    REAL, WORD  a floating-point type, and the unsigned integer of its size;
    VECTOR      bytes of a vector register;
    MULTIPLY    a product of the low halves of 64-bit words, by a constant;
+   ROWS        rows of a sparse sketch that share a sign;
    TARGET      a function attribute that names the instruction set;
    SHIFTS      whether that shifts every lane by its own amount;
    NAME(x)     a name of this inclusion.
@@ -28,8 +29,10 @@ typedef uint16_t NAME(halves) __attribute__((vector_size(VECTOR), may_alias));
 #define SIGN ((WORD)1 << (BITS - 1))
 #define FN static TARGET
 #define INLINE static inline TARGET __attribute__((always_inline))
-/* Outputs of a sparse sketch that are summed together, for ROWS rows. */
-#define TILE (2 * LANES)
+/* Vectors of outputs of a row that are summed together, for one row and for ROWS. */
+#define TALL 4
+#define WIDE (ROWS > 2 ? 2 : TALL)
+#define TILE (TALL * LANES)
 
 /* Copy numbers of one row, of any type and stride, to consecutive REALs. */
 FN void NAME(load)(REAL *restrict to, const struct grads *g, num row, num first, num n) {
@@ -183,17 +186,20 @@ INLINE void NAME(gather)(const struct sparse *job, const struct NAME(space) *s,
   const uint32_t *by = s->rotations + block * s->chunks + at;
   const uint32_t *bits = s->bits + (block * s->chunks + at) * s->bits_stride;
   REAL *restrict acc = s->acc + block * stride;
-  num part = block * (stride / TILE);
-  for (num d = 0; d < m; d += TILE) {
-    VEC sum[ROWS][2] = {};
-    const UVEC lanes[2] = {NAME(lanes)(d & 31), NAME(lanes)((d & 31) + LANES)};
+  const int vectors = rows == 1 ? TALL : WIDE;
+  num part = block * parts_of(m, vectors * LANES);
+  for (num d = 0; d < m; d += vectors * LANES) {
+    VEC sum[ROWS][TALL] = {};
+    UVEC lanes[TALL];
+    for (int t = 0; t < vectors; t++)
+      lanes[t] = NAME(lanes)((d & 31) + (t * LANES & 31));
     NAME(ask)(ahead, part++, rows);
     for (num c = 0; c < n; c++) {
       const num turned = d - (num)by[c];
       const REAL *from = s->x + c * rows * stride + turned + (turned < 0 ? m : 0);
-      const uint32_t word = bits[c * s->bits_stride + (d >> 5)];
-      for (int t = 0; t < 2; t++) {
-        const UVEC flip = NAME(flips)(word, lanes[t]) & SIGN;
+      const uint32_t *words = bits + c * s->bits_stride + (d >> 5);
+      for (int t = 0; t < vectors; t++) {
+        const UVEC flip = NAME(flips)(words[t * LANES >> 5], lanes[t]) & SIGN;
         for (int row = 0; row < rows; row++) {
           const VEC v = *(const AVEC *)(from + row * stride + t * LANES);
           sum[row][t] += (VEC)((UVEC)v ^ flip);
@@ -201,7 +207,7 @@ INLINE void NAME(gather)(const struct sparse *job, const struct NAME(space) *s,
       }
     }
     for (int row = 0; row < rows; row++)
-      for (int t = 0; t < 2; t++)
+      for (int t = 0; t < vectors; t++)
         *(VEC *)(acc + row * job->blocks * stride + d + t * LANES) += sum[row][t];
   }
 }
@@ -210,7 +216,7 @@ INLINE void NAME(gather)(const struct sparse *job, const struct NAME(space) *s,
 INLINE void NAME(sum_rows)(const struct sparse *job, const struct NAME(space) *s,
                            num row, const int rows, num first, num last) {
   const struct grads *g = &job->grads;
-  const num parts = job->blocks * (s->stride / TILE);
+  const num parts = job->blocks * parts_of(job->m, (rows == 1 ? TALL : WIDE) * LANES);
   memset(s->acc, 0, sizeof(REAL) * (size_t)(rows * job->blocks * s->stride));
   for (num c = first; c < last; c += job->panel) {
     const num n = smaller(job->panel, last - c);
@@ -230,7 +236,7 @@ INLINE void NAME(sum_rows)(const struct sparse *job, const struct NAME(space) *s
   }
 }
 
-FN void NAME(sum_four)(const struct sparse *job, const struct NAME(space) *s, num row,
+FN void NAME(sum_many)(const struct sparse *job, const struct NAME(space) *s, num row,
                        num first, num last) {
   NAME(sum_rows)(job, s, row, ROWS, first, last);
 }
@@ -284,7 +290,7 @@ FN void NAME(sparse_share)(void *argument, char *memory, num index, num count) {
     if (!job->is_drawn) NAME(turn)(job, &s, first, last);
     for (num row = 0, group = 0; row < job->b; group++) {
       const int rows = job->b - row < ROWS ? 1 : ROWS;
-      (rows == ROWS ? NAME(sum_four) : NAME(sum_one))(job, &s, row, first, last);
+      (rows == ROWS ? NAME(sum_many) : NAME(sum_one))(job, &s, row, first, last);
       await(&job->done[group], turn);
       NAME(add_rows)(job, &s, row, rows);
       atomic_store_explicit(&job->done[group], turn + 1, memory_order_release);
