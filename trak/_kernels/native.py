@@ -80,7 +80,7 @@ def unavailable(device: torch.device) -> str | None:
     """
     if device.type != "cpu":
         return f"they run on the CPU, not on {device.type}"
-    loaded = _load(Path(__file__).parent / _LIBRARY)
+    loaded = _load(_LIBRARY)
     return loaded if isinstance(loaded, str) else None
 
 
@@ -266,8 +266,8 @@ def _run(
         variant=library.trak_best_variant() if chosen is None else chosen,
         scale=math.sqrt(out.shape[1] / max(1, blocks)),
     )
-    plan = None if plans is None else _take_plan(plans, task)
-    if library[kernel](ctypes.byref(task)):
+    plan = None if plans is None else _take_plan(library, plans, task)
+    if getattr(library, kernel)(ctypes.byref(task)):
         raise MemoryError(
             f"the native kernels found no memory to sketch gradients of shape "
             f"{tuple(x.shape)} to {out.shape[1]} outputs; use a smaller batch"
@@ -276,7 +276,9 @@ def _run(
         plans.keep(_address_of_plan(task), plan, plan.nbytes)
 
 
-def _take_plan(plans: PlanCache, task: _Task) -> Tensor | None:
+def _take_plan(
+    library: ctypes.CDLL, plans: PlanCache, task: _Task
+) -> Tensor | None:
     """Give a sparse sketch its plan, or the memory for one that is worth keeping.
 
     Returns:
@@ -285,7 +287,7 @@ def _take_plan(plans: PlanCache, task: _Task) -> Tensor | None:
     plan: Tensor | None = plans.get(_address_of_plan(task))
     task.is_drawn = plan is not None
     if plan is None:
-        size = _library().trak_sparse_plan_bytes(ctypes.byref(task))
+        size = library.trak_sparse_plan_bytes(ctypes.byref(task))
         if size == 0 or not plans.has_room(size):
             return None
         plan = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -320,15 +322,16 @@ def _library() -> ctypes.CDLL:
     Raises:
         BackendError: If it cannot be loaded.
     """
-    loaded = _load(Path(__file__).parent / _LIBRARY)
+    loaded = _load(_LIBRARY)
     if isinstance(loaded, str):
         raise BackendError(f"the native kernels cannot run: {loaded}")
     return loaded
 
 
 @cache
-def _load(path: Path) -> ctypes.CDLL | str:
+def _load(name: str) -> ctypes.CDLL | str:
     """Load the library, or say why it cannot be."""
+    path = Path(__file__).parent / name
     if not path.exists():
         return (
             "they were not compiled when trak was installed. Install a C compiler "
@@ -345,7 +348,7 @@ def _load(path: Path) -> ctypes.CDLL | str:
         return f"{path} was compiled from other sources; install trak again"
     names = ("best_variant", "sparse", "sparse_segments", "dense", "sparse_plan_bytes")
     for name in names:
-        library[f"trak_{name}"].restype = ctypes.c_int64
+        getattr(library, f"trak_{name}").restype = ctypes.c_int64
     return library
 
 
