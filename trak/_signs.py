@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from enum import IntEnum
+from functools import lru_cache
 from typing import Final, NamedTuple, TypeAlias
 
 import torch
@@ -51,6 +52,7 @@ class Domain(IntEnum):
     SPARSE_ROTATION = 3
 
 
+@lru_cache(maxsize=4096)
 def stream_key(seed: int, model_id: int, parameter: str = "") -> Key:
     """Hash what a stream is for into its key.
 

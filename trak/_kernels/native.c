@@ -41,6 +41,8 @@ struct task {
   num key_low, key_high;
   num threads, variant;
   double scale;
+  uint32_t *plan; /* NULL, or trak_sparse_plan_bytes of memory for what is drawn */
+  num is_drawn;   /* whether it is in there already */
 };
 
 struct key {
@@ -71,6 +73,8 @@ struct sparse {
   struct key key;
   double scale;
   num super, panel; /* chunks summed before they are added to out, and in registers */
+  uint32_t *plan;   /* of the task, or NULL */
+  int is_drawn;
   atomic_long next; /* the next super-block to take */
   atomic_long *done; /* super-blocks that are added to each group of rows */
 };
@@ -112,7 +116,6 @@ struct share {
   num index, count;
 };
 
-#define ROWS 4         /* rows of a sparse sketch that share a sign */
 #define DRAWS 16       /* draws encrypted together */
 #define PANEL 2048     /* coordinates of a row kept in the first cache */
 #define SUPER 16384    /* and those summed before they are added to out, at least */
@@ -126,6 +129,7 @@ struct share {
 
 static num smaller(num a, num b) { return a < b ? a : b; }
 static num larger(num a, num b) { return a > b ? a : b; }
+static num parts_of(num a, num b) { return (a + b - 1) / b; }
 
 /* Set an aligned part of memory aside; with a NULL start, only count it. */
 static void *take(char *memory, num *used, num bytes) {
@@ -167,6 +171,23 @@ static inline const uint32_t *block_signs(const struct plan *plan, num block) {
 static inline num rotation(const struct plan *plan, num block, num chunk, num m) {
   num at = (plan->blocks * plan->sign_draws + block * plan->rotation_draws) * 4;
   return (num)(((uint64_t)plan->words[at + chunk - plan->chunk] * (uint64_t)m) >> 32);
+}
+
+/* Words of the turned signs of a chunk in one block. */
+static num sign_words(const struct sparse *job) { return (job->m + 63) / 64 * 2; }
+
+/* Words of a plan for so many chunks: their signs in every block, and the rotations. */
+static num plan_words(const struct sparse *job, num chunks) {
+  return job->blocks * chunks * (sign_words(job) + 1);
+}
+
+static num chunks_of(const struct sparse *job) {
+  return (job->offset + job->k + job->m - 1) / job->m - job->offset / job->m;
+}
+
+/* Few chunks are scattered, and their signs drawn every time. */
+static int is_small(const struct sparse *job) {
+  return (job->k + job->m - 1) / job->m + 1 <= SMALL_CHUNKS;
 }
 
 /* Write the signs of a chunk in the order of the outputs that they go to. */
@@ -283,6 +304,7 @@ static int describe(struct sparse *job, const struct task *task, int kind) {
   job->scale = task->scale;
   job->super = larger(SUPER_CHUNKS, SUPER / job->m);
   job->panel = larger(1, PANEL / job->m);
+  job->is_drawn = task->plan && task->is_drawn;
   return job->blocks > 0;
 }
 
@@ -300,15 +322,35 @@ EXPORT num trak_best_variant(void) {
 
 EXPORT uint64_t trak_sources(void) { return SOURCES; }
 
+/* Describe the blocks of both sizes, each with its part of the plan; return its words. */
+static num describe_both(struct sparse jobs[2], const struct task *task) {
+  num words = 0;
+  for (int kind = 0; kind < 2; kind++) {
+    struct sparse *job = &jobs[kind];
+    if (!describe(job, task, kind) || is_small(job)) continue;
+    if (task->plan) job->plan = task->plan + words;
+    words += plan_words(job, chunks_of(job));
+  }
+  return words;
+}
+
+/* Memory for what a sparse sketch draws, which later ones of as many of the same
+   coordinates need not draw again. */
+EXPORT num trak_sparse_plan_bytes(const struct task *task) {
+  struct sparse jobs[2];
+  return 4 * describe_both(jobs, task);
+}
+
 /* These return 0, or 1 where memory ran out; then the sketch is not complete. */
 
 EXPORT num trak_sparse(const struct task *task) {
   struct sparse jobs[2];
   atomic_long *done[2] = {NULL, NULL};
   int failed = 0;
+  describe_both(jobs, task);
   for (int kind = 0; kind < 2; kind++)
-    if (describe(&jobs[kind], task, kind)) {
-      done[kind] = calloc((size_t)(task->rows / ROWS + ROWS), sizeof **done);
+    if (jobs[kind].blocks > 0) {
+      done[kind] = calloc((size_t)task->rows, sizeof **done);
       jobs[kind].done = done[kind];
       failed |= !done[kind];
     }

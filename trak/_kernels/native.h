@@ -4,6 +4,7 @@
    REAL, WORD  a floating-point type, and the unsigned integer of its size;
    VECTOR      bytes of a vector register;
    MULTIPLY    a product of the low halves of 64-bit words, by a constant;
+   ROWS        rows of a sparse sketch that share a sign;
    TARGET      a function attribute that names the instruction set;
    SHIFTS      whether that shifts every lane by its own amount;
    NAME(x)     a name of this inclusion.
@@ -28,8 +29,10 @@ typedef uint16_t NAME(halves) __attribute__((vector_size(VECTOR), may_alias));
 #define SIGN ((WORD)1 << (BITS - 1))
 #define FN static TARGET
 #define INLINE static inline TARGET __attribute__((always_inline))
-/* Outputs of a sparse sketch that are summed together, for ROWS rows. */
-#define TILE (2 * LANES)
+/* Vectors of outputs of a row that are summed together, for one row and for ROWS. */
+#define TALL 4
+#define WIDE (ROWS > 2 ? 2 : TALL)
+#define TILE (TALL * LANES)
 
 /* Copy numbers of one row, of any type and stride, to consecutive REALs. */
 FN void NAME(load)(REAL *restrict to, const struct grads *g, num row, num first, num n) {
@@ -112,35 +115,43 @@ FN struct plan NAME(draw)(uint32_t *restrict words, const struct sparse *job, nu
   return plan;
 }
 
-/* Numbers whose top bits are the next LANES bits of a word; the others are noise. */
-INLINE UVEC NAME(flips)(uint32_t bits) {
+/* Where the LANES bits of a word from `first` on are, at most its last. */
+INLINE UVEC NAME(lanes)(num first) {
   UVEC lane;
 #if SHIFTS
-  for (int i = 0; i < LANES; i++) lane[i] = (WORD)(BITS - 1 - i);
-  return ((UVEC){} + (WORD)bits) << lane;
+  for (int i = 0; i < LANES; i++) lane[i] = (WORD)(BITS - 1 - first - i);
 #else
-  for (int i = 0; i < LANES; i++) lane[i] = (WORD)1 << i;
-  return (UVEC)((((UVEC){} + (WORD)bits) & lane) == lane);
+  for (int i = 0; i < LANES; i++) lane[i] = (WORD)1 << (first + i);
+#endif
+  return lane;
+}
+
+/* Numbers whose top bits are those bits of a word; the others are noise. */
+INLINE UVEC NAME(flips)(uint32_t word, UVEC lanes) {
+#if SHIFTS
+  return ((UVEC){} + (WORD)word) << lanes;
+#else
+  return (UVEC)((((UVEC){} + (WORD)word) & lanes) == lanes);
 #endif
 }
 
 /* What a share of a sparse sketch needs. */
 struct NAME(space) {
-  uint32_t *words, *bits, *rotations;
+  uint32_t *words;
+  uint32_t *bits, *rotations; /* of the chunks of a super-block, in every block */
+  num chunks, bits_stride;    /* their number, and words of a chunk's signs */
   REAL *x, *acc;
-  num stride;      /* numbers of a chunk, and of a block's sums */
-  num bits_stride; /* words of a chunk's signs */
+  num stride; /* numbers of a chunk, and of a block's sums */
   num bytes;
 };
 
 static struct NAME(space) NAME(spaces)(const struct sparse *job, char *memory) {
   struct NAME(space) s = {.stride = (job->m + 2 * TILE - 1) / TILE * TILE,
-                          .bits_stride = (job->m + 31) / 32 + 1};
+                          .bits_stride = sign_words(job)};
   const num m = job->m, n = job->super;
   const num draws = job->blocks * (n * m / 128 + 2 + n / 4 + 2) + DRAWS;
-  s.words = take(memory, &s.bytes, 16 * draws);
-  s.bits = take(memory, &s.bytes, 4 * job->blocks * n * s.bits_stride);
-  s.rotations = take(memory, &s.bytes, 4 * job->blocks * n);
+  s.words = take(memory, &s.bytes, job->is_drawn ? 0 : 16 * draws);
+  s.bits = take(memory, &s.bytes, job->plan ? 0 : 4 * plan_words(job, n));
   s.x = take(memory, &s.bytes, (num)sizeof(REAL) * ROWS * job->panel * s.stride);
   s.acc = take(memory, &s.bytes, (num)sizeof(REAL) * ROWS * job->blocks * s.stride);
   return s;
@@ -172,19 +183,23 @@ INLINE void NAME(gather)(const struct sparse *job, const struct NAME(space) *s,
                          num block, num at, num n, const int rows,
                          const struct ahead *ahead) {
   const num stride = s->stride, m = job->m;
-  const uint32_t *by = s->rotations + block * job->super + at;
-  const uint32_t *bits = s->bits + (block * job->super + at) * s->bits_stride;
+  const uint32_t *by = s->rotations + block * s->chunks + at;
+  const uint32_t *bits = s->bits + (block * s->chunks + at) * s->bits_stride;
   REAL *restrict acc = s->acc + block * stride;
-  num part = block * (stride / TILE);
-  for (num d = 0; d < m; d += TILE) {
-    VEC sum[ROWS][2] = {};
+  const int vectors = rows == 1 ? TALL : WIDE;
+  num part = block * parts_of(m, vectors * LANES);
+  for (num d = 0; d < m; d += vectors * LANES) {
+    VEC sum[ROWS][TALL] = {};
+    UVEC lanes[TALL];
+    for (int t = 0; t < vectors; t++)
+      lanes[t] = NAME(lanes)((d & 31) + (t * LANES & 31));
     NAME(ask)(ahead, part++, rows);
     for (num c = 0; c < n; c++) {
       const num turned = d - (num)by[c];
       const REAL *from = s->x + c * rows * stride + turned + (turned < 0 ? m : 0);
-      const uint32_t w = bits[c * s->bits_stride + (d >> 5)] >> (d & 31);
-      for (int t = 0; t < 2; t++) {
-        const UVEC flip = NAME(flips)(w >> (t * LANES)) & SIGN;
+      const uint32_t *words = bits + c * s->bits_stride + (d >> 5);
+      for (int t = 0; t < vectors; t++) {
+        const UVEC flip = NAME(flips)(words[t * LANES >> 5], lanes[t]) & SIGN;
         for (int row = 0; row < rows; row++) {
           const VEC v = *(const AVEC *)(from + row * stride + t * LANES);
           sum[row][t] += (VEC)((UVEC)v ^ flip);
@@ -192,7 +207,7 @@ INLINE void NAME(gather)(const struct sparse *job, const struct NAME(space) *s,
       }
     }
     for (int row = 0; row < rows; row++)
-      for (int t = 0; t < 2; t++)
+      for (int t = 0; t < vectors; t++)
         *(VEC *)(acc + row * job->blocks * stride + d + t * LANES) += sum[row][t];
   }
 }
@@ -201,7 +216,7 @@ INLINE void NAME(gather)(const struct sparse *job, const struct NAME(space) *s,
 INLINE void NAME(sum_rows)(const struct sparse *job, const struct NAME(space) *s,
                            num row, const int rows, num first, num last) {
   const struct grads *g = &job->grads;
-  const num parts = job->blocks * (s->stride / TILE);
+  const num parts = job->blocks * parts_of(job->m, (rows == 1 ? TALL : WIDE) * LANES);
   memset(s->acc, 0, sizeof(REAL) * (size_t)(rows * job->blocks * s->stride));
   for (num c = first; c < last; c += job->panel) {
     const num n = smaller(job->panel, last - c);
@@ -221,7 +236,7 @@ INLINE void NAME(sum_rows)(const struct sparse *job, const struct NAME(space) *s
   }
 }
 
-FN void NAME(sum_four)(const struct sparse *job, const struct NAME(space) *s, num row,
+FN void NAME(sum_many)(const struct sparse *job, const struct NAME(space) *s, num row,
                        num first, num last) {
   NAME(sum_rows)(job, s, row, ROWS, first, last);
 }
@@ -244,10 +259,24 @@ FN void NAME(add_rows)(const struct sparse *job, const struct NAME(space) *s, nu
     }
 }
 
+/* Draw the signs and rotations of chunks first..last, in the order of the outputs. */
+FN void NAME(turn)(const struct sparse *job, const struct NAME(space) *s, num first,
+                   num last) {
+  const num m = job->m;
+  const struct plan plan = NAME(draw)(s->words, job, first * m, last * m);
+  for (num r = 0, at = 0; r < job->blocks; r++)
+    for (num c = first; c < last; c++, at++) {
+      const num by = rotation(&plan, r, c, m);
+      s->rotations[at] = (uint32_t)by;
+      turn_bits(s->bits + at * s->bits_stride, block_signs(&plan, r),
+                c * m - plan.start, m, by);
+    }
+}
+
 /* Sum super-blocks of chunks until none is left; each waits for its turn to be added. */
 FN void NAME(sparse_share)(void *argument, char *memory, num index, num count) {
   struct sparse *job = argument;
-  const struct NAME(space) s = NAME(spaces)(job, memory);
+  struct NAME(space) s = NAME(spaces)(job, memory);
   const num m = job->m, begin = job->offset / m;
   const num end = (job->offset + job->k + m - 1) / m, base = begin / job->super;
   for (;;) {
@@ -255,17 +284,13 @@ FN void NAME(sparse_share)(void *argument, char *memory, num index, num count) {
     if ((base + turn) * job->super >= end) return;
     const num first = larger(begin, (base + turn) * job->super);
     const num last = smaller(end, (base + turn + 1) * job->super);
-    const struct plan plan = NAME(draw)(s.words, job, first * m, last * m);
-    for (num r = 0; r < job->blocks; r++)
-      for (num c = first; c < last; c++) {
-        const num at = r * job->super + c - first, by = rotation(&plan, r, c, m);
-        s.rotations[at] = (uint32_t)by;
-        turn_bits(s.bits + at * s.bits_stride, block_signs(&plan, r),
-                  c * m - plan.start, m, by);
-      }
+    if (job->plan) s.bits = job->plan + plan_words(job, first - begin);
+    s.chunks = last - first;
+    s.rotations = s.bits + job->blocks * s.chunks * s.bits_stride;
+    if (!job->is_drawn) NAME(turn)(job, &s, first, last);
     for (num row = 0, group = 0; row < job->b; group++) {
       const int rows = job->b - row < ROWS ? 1 : ROWS;
-      (rows == ROWS ? NAME(sum_four) : NAME(sum_one))(job, &s, row, first, last);
+      (rows == ROWS ? NAME(sum_many) : NAME(sum_one))(job, &s, row, first, last);
       await(&job->done[group], turn);
       NAME(add_rows)(job, &s, row, rows);
       atomic_store_explicit(&job->done[group], turn + 1, memory_order_release);
@@ -277,9 +302,10 @@ FN void NAME(sparse_share)(void *argument, char *memory, num index, num count) {
 /* Add signed numbers to consecutive outputs. */
 FN void NAME(add_run)(REAL *restrict out, const REAL *restrict x, num n,
                       const uint32_t *words, num bit, REAL scale) {
+  const UVEC first = NAME(lanes)(0);
   num i = 0;
   for (; i + LANES <= n; i += LANES) {
-    const UVEC flip = NAME(flips)(bits_at(words, bit + i)) & SIGN;
+    const UVEC flip = NAME(flips)(bits_at(words, bit + i), first) & SIGN;
     *(AVEC *)(out + i) += scale * (VEC)((UVEC) * (const AVEC *)(x + i) ^ flip);
   }
   for (; i < n; i++) {
@@ -324,7 +350,7 @@ FN void NAME(small_share)(void *argument, char *memory, num index, num count) {
 FN int NAME(sparse)(struct sparse *job, num threads) {
   const num chunks = (job->k + job->m - 1) / job->m + 1;
   const num plan_draws = job->blocks * (job->k / 128 + chunks / 4 + 5) + DRAWS;
-  if (chunks <= SMALL_CHUNKS) {
+  if (is_small(job)) {
     const num bytes = (num)sizeof(REAL) * job->k + 64 + 16 * plan_draws;
     return run_shares(NAME(small_share), job, 1, bytes);
   }

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trak._kernels.plans import PlanCache
 from trak._signs import Key
 from trak.errors import BackendError
 
@@ -63,6 +64,8 @@ class _Task(ctypes.Structure):
         ("threads", ctypes.c_int64),
         ("variant", ctypes.c_int64),
         ("scale", ctypes.c_double),
+        ("plan", ctypes.c_void_p),
+        ("is_drawn", ctypes.c_int64),
     )
 
 
@@ -77,7 +80,7 @@ def unavailable(device: torch.device) -> str | None:
     """
     if device.type != "cpu":
         return f"they run on the CPU, not on {device.type}"
-    loaded = _load(Path(__file__).parent / _LIBRARY)
+    loaded = _load(_LIBRARY)
     return loaded if isinstance(loaded, str) else None
 
 
@@ -99,6 +102,7 @@ def sparse_into(
     key: Key,
     offset: int,
     sizes: Sequence[int],
+    plans: PlanCache | None = None,
 ) -> None:
     """Add the sparse sketch of some coordinates of one parameter.
 
@@ -110,8 +114,9 @@ def sparse_into(
         key: The stream's key.
         offset: Position of the first column in the parameter.
         sizes: Sizes of the sketch's blocks, from `trak._signs.block_sizes`.
+        plans: Where to keep what is drawn; None to draw it every time.
     """
-    _run("trak_sparse", out, x, key, offset=offset, blocks=len(sizes))
+    _run("trak_sparse", out, x, key, offset=offset, blocks=len(sizes), plans=plans)
 
 
 def dense_into(
@@ -204,6 +209,7 @@ def _run(
     examples: Tensor | None = None,
     positions: Tensor | None = None,
     order: Tensor | None = None,
+    plans: PlanCache | None = None,
     chosen: Variant | None = None,
 ) -> None:
     """Call a kernel of the library.
@@ -226,6 +232,7 @@ def _run(
             examples=examples,
             positions=positions,
             order=order,
+            plans=plans,
             chosen=chosen,
         )
         out.add_(total)
@@ -259,11 +266,45 @@ def _run(
         variant=library.trak_best_variant() if chosen is None else chosen,
         scale=math.sqrt(out.shape[1] / max(1, blocks)),
     )
-    if library[kernel](ctypes.byref(task)):
+    plan = None if plans is None else _take_plan(library, plans, task)
+    if getattr(library, kernel)(ctypes.byref(task)):
         raise MemoryError(
             f"the native kernels found no memory to sketch gradients of shape "
             f"{tuple(x.shape)} to {out.shape[1]} outputs; use a smaller batch"
         )
+    if plan is not None and plans is not None and not task.is_drawn:
+        plans.keep(_address_of_plan(task), plan, plan.nbytes)
+
+
+def _take_plan(
+    library: ctypes.CDLL, plans: PlanCache, task: _Task
+) -> Tensor | None:
+    """Give a sparse sketch its plan, or the memory for one that is worth keeping.
+
+    Returns:
+        The plan, to be kept while the kernel runs; None where it needs none.
+    """
+    plan: Tensor | None = plans.get(_address_of_plan(task))
+    task.is_drawn = plan is not None
+    if plan is None:
+        size = library.trak_sparse_plan_bytes(ctypes.byref(task))
+        if size == 0 or not plans.has_room(size):
+            return None
+        plan = torch.empty(size, dtype=torch.uint8, device="cpu")
+    task.plan = plan.data_ptr()
+    return plan
+
+
+def _address_of_plan(task: _Task) -> tuple[int, ...]:
+    """Return all that a plan depends on."""
+    return (
+        task.key_low,
+        task.key_high,
+        task.offset,
+        task.columns,
+        task.p,
+        task.blocks,
+    )
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -281,15 +322,16 @@ def _library() -> ctypes.CDLL:
     Raises:
         BackendError: If it cannot be loaded.
     """
-    loaded = _load(Path(__file__).parent / _LIBRARY)
+    loaded = _load(_LIBRARY)
     if isinstance(loaded, str):
         raise BackendError(f"the native kernels cannot run: {loaded}")
     return loaded
 
 
 @cache
-def _load(path: Path) -> ctypes.CDLL | str:
+def _load(name: str) -> ctypes.CDLL | str:
     """Load the library, or say why it cannot be."""
+    path = Path(__file__).parent / name
     if not path.exists():
         return (
             "they were not compiled when trak was installed. Install a C compiler "
@@ -304,8 +346,9 @@ def _load(path: Path) -> ctypes.CDLL | str:
         return f"{path} cannot be loaded ({error}); install trak again"
     if not current:
         return f"{path} was compiled from other sources; install trak again"
-    for name in ("best_variant", "sparse", "sparse_segments", "dense"):
-        library[f"trak_{name}"].restype = ctypes.c_int64
+    names = ("best_variant", "sparse", "sparse_segments", "dense", "sparse_plan_bytes")
+    for name in names:
+        getattr(library, f"trak_{name}").restype = ctypes.c_int64
     return library
 
 

@@ -9,12 +9,14 @@
 #endif
 #define TARGET
 #define NAME(x) JOIN(KIND(x), portable)
+#define ROWS 4
 #define SHIFTS 0 /* whether every lane can be shifted by its own amount */
 #include "native.h"
 #undef VECTOR
 #undef MULTIPLY
 #undef TARGET
 #undef NAME
+#undef ROWS
 #undef SHIFTS
 
 #ifdef __x86_64__
@@ -22,23 +24,27 @@
 #define MULTIPLY(a, b) ((DRAW)_mm256_mul_epu32((__m256i)(a), _mm256_set1_epi64x(b)))
 #define TARGET __attribute__((target("avx2,fma")))
 #define NAME(x) JOIN(KIND(x), avx2)
+#define ROWS 2
 #define SHIFTS 1
 #include "native.h"
 #undef VECTOR
 #undef MULTIPLY
 #undef TARGET
 #undef NAME
+#undef ROWS
 #undef SHIFTS
 
 #define VECTOR 64
 #define MULTIPLY(a, b) ((DRAW)_mm512_mul_epu32((__m512i)(a), _mm512_set1_epi64(b)))
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
 #define NAME(x) JOIN(KIND(x), avx512)
+#define ROWS 1
 #define SHIFTS 1
 #include "native.h"
 #undef VECTOR
 #undef MULTIPLY
 #undef TARGET
 #undef NAME
+#undef ROWS
 #undef SHIFTS
 #endif

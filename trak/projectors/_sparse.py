@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from trak._kernels.choice import Backend
+from trak._kernels.plans import PlanCache
 from trak._kernels.torch_segments import sparse_segments_into
 from trak._signs import Key, block_sizes, sparse_rotations, sparse_signs
 from trak.errors import OptionError
@@ -34,8 +34,6 @@ _ROWS_ELSEWHERE: Final = 256
 _CACHE_BYTES: Final = 128 * 2**20
 # What drawing the plan of a piece takes for a moment.
 _DRAWING_BYTES: Final = 24 * 2**20
-# Of as many plans as are kept: what was not asked for so long is another checkpoint's.
-_ROUNDS: Final = 4
 # Native kernels read gradients once, while they are still in a cache.
 _NATIVE_BLOCK_BYTES: Final = 8 * 2**20
 
@@ -94,7 +92,8 @@ class SparseProjector(AdditiveProjector):
         if nonzeros < 1:
             raise OptionError(f"nonzeros must be at least 1, got {nonzeros}")
         self.nonzeros = min(nonzeros, proj_dim)
-        self._plans = _PlanCache(block_sizes(proj_dim, self.nonzeros), _CACHE_BYTES)
+        self._sizes = block_sizes(proj_dim, self.nonzeros)
+        self._plans = PlanCache(_CACHE_BYTES)
 
     @property
     def block_bytes(self) -> int:
@@ -117,7 +116,13 @@ class SparseProjector(AdditiveProjector):
             The bytes, without the gradients.
         """
         result = super().working_bytes(batch_size)
-        if self.running_backend() is not Backend.torch:
+        backend = self.running_backend()
+        if backend is Backend.native:
+            outputs = self._sizes[0]
+            chunks = self.nonzeros * -(-self.grad_dim // outputs)
+            # Of a chunk, a bit for each sign and two words; no plan is kept at first.
+            return result + min(_CACHE_BYTES, 4 * chunks * (outputs // 32 + 2))
+        if backend is not Backend.torch:
             return result
         rows = min(batch_size, _ROWS.get(self.device.type, _ROWS_ELSEWHERE))
         plans = 8 * self.nonzeros * self.grad_dim  # a source and a sign for each
@@ -137,9 +142,9 @@ class SparseProjector(AdditiveProjector):
     ) -> None:
         kernels = self._kernels(out.device)
         if kernels is None:
-            sparse_into(out, x, key, offset, self._plans)
+            sparse_into(out, x, key, offset, self._sizes, self._plans)
         else:
-            kernels.sparse_into(out, x, key, offset, self._plans.sizes)
+            kernels.sparse_into(out, x, key, offset, self._sizes, self._plans)
 
     def _add_segments(
         self,
@@ -151,7 +156,7 @@ class SparseProjector(AdditiveProjector):
     ) -> None:
         kernels = self._kernels(out.device)
         add = sparse_segments_into if kernels is None else kernels.sparse_segments_into
-        add(out, x, examples, positions, key, self._plans.sizes)
+        add(out, x, examples, positions, key, self._sizes)
 
 
 def default_projector(
@@ -194,7 +199,8 @@ def sparse_into(
     x: Float[Tensor, "b k"],
     key: Key,
     offset: int,
-    plans: _PlanCache,
+    sizes: tuple[int, ...],
+    plans: PlanCache,
 ) -> None:
     """Add the sparse sketch of some coordinates of one parameter.
 
@@ -206,13 +212,14 @@ def sparse_into(
         x: Gradients of the coordinates, upcast a piece at a time. Shape ``(b, k)``.
         key: The stream's key.
         offset: Position of the first column in the parameter.
-        plans: Where the plans of pieces come from.
+        sizes: Outputs of each block.
+        plans: Where the plans of pieces are kept.
     """
     b, k = x.shape
     rows = _ROWS.get(x.device.type, _ROWS_ELSEWHERE)
     total = out.new_zeros((out.shape[1], b))
-    for start, stop in plans.pieces(offset, offset + k):
-        blocks = plans.get(key, start, stop, x.device)
+    for start, stop in _pieces(offset, offset + k, max(_PIECE, sizes[0])):
+        blocks = _kept_plan(plans, key, start, stop, sizes, x.device)
         # One row of zeros, for the sources outside the piece: a product with a zero
         # sign alone would turn an infinite gradient elsewhere into NaN.
         piece = out.new_zeros((stop - start + 1, min(rows, b)))
@@ -227,82 +234,40 @@ def sparse_into(
                     mode="sum",
                     per_sample_weights=block.signs.to(out.dtype),
                 )
-    out.add_(total.T, alpha=math.sqrt(out.shape[1] / len(plans.sizes)))
+    out.add_(total.T, alpha=math.sqrt(out.shape[1] / len(sizes)))
 
 
-_Address: TypeAlias = tuple[Key, int, int, torch.device]
+def _pieces(start: int, stop: int, length: int) -> Iterator[tuple[int, int]]:
+    """Cut a range of coordinates at multiples of a length.
 
-
-@dataclass(slots=True)
-class _Held:
-    """A plan that is kept."""
-
-    plan: tuple[_BlockPlan, ...]
-    """How each block gathers."""
-
-    used: int
-    """When it was used last, in plans asked for."""
-
-
-class _PlanCache:
-    """Plans of pieces of coordinates, up to a number of bytes.
-
-    Drawing a plan costs a fifth of applying it to 32 gradients, and most of the time
-    for a piece as small as a bias. Pieces come round and round in one order, where
-    keeping the latest used of too many would keep none until it is used again; so a
-    plan gives way only after it was passed over for several rounds.
+    Yields:
+        The first coordinate of a piece, and one past its last.
     """
+    while start < stop:
+        end = min(stop, (start // length + 1) * length)
+        yield start, end
+        start = end
 
-    def __init__(self, sizes: tuple[int, ...], capacity: int) -> None:
-        self.sizes = sizes
-        self.bytes = 0
-        self._capacity = capacity
-        self._clock = 0
-        self._plans: OrderedDict[_Address, _Held] = OrderedDict()
 
-    def pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
-        """Cut a range of coordinates at multiples of a fixed length.
+def _kept_plan(
+    plans: PlanCache,
+    key: Key,
+    start: int,
+    stop: int,
+    sizes: tuple[int, ...],
+    device: torch.device,
+) -> tuple[_BlockPlan, ...]:
+    """Return the plan of a piece, drawn if it is not held.
 
-        Yields:
-            The first coordinate of a piece, and one past its last.
-        """
-        length = max(_PIECE, self.sizes[0])
-        while start < stop:
-            end = min(stop, (start // length + 1) * length)
-            yield start, end
-            start = end
-
-    def get(
-        self, key: Key, start: int, stop: int, device: torch.device
-    ) -> tuple[_BlockPlan, ...]:
-        """Return the plan of a piece, drawn if it is not held."""
-        address = (key, start, stop, device)
-        self._clock += 1
-        held = self._plans.get(address)
-        if held is not None:
-            held.used = self._clock
-            self._plans.move_to_end(address)
-            return held.plan
-        plan = _plan(key, start, stop, self.sizes, device)
-        self._make_room(_bytes(plan))
-        if self.bytes + _bytes(plan) <= self._capacity:
-            self._plans[address] = _Held(plan, self._clock)
-            self.bytes += _bytes(plan)
-        return plan
-
-    def _make_room(self, needed: int) -> None:
-        """Drop plans, the longest unused first, that are no longer in use."""
-        while self._plans and self.bytes + needed > self._capacity:
-            address, oldest = next(iter(self._plans.items()))
-            if self._clock - oldest.used <= _ROUNDS * len(self._plans):
-                return
-            del self._plans[address]
-            self.bytes -= _bytes(oldest.plan)
-
-    def clear(self) -> None:
-        """Drop every plan."""
-        self._plans.clear()
-        self.bytes = 0
+    Drawing it costs a fifth of applying it to 32 gradients, and most of the time for a
+    piece as small as a bias.
+    """
+    address = (key, start, stop, sizes, device)
+    held: tuple[_BlockPlan, ...] | None = plans.get(address)
+    if held is None:
+        held = _plan(key, start, stop, sizes, device)
+        plans.keep(address, held, _bytes(held))
+    return held
 
 
 def _bytes(plan: tuple[_BlockPlan, ...]) -> int:
