@@ -286,6 +286,7 @@ class Tape:
                 if each > 1:
                     piece = piece.reshape(high - low, each, -1).sum(1)
                 self._sink.add(name, slice(low, high), piece)
+                del piece  # the next one is to be formed in its memory
 
     @torch.no_grad()
     def _rerun(
