@@ -63,7 +63,9 @@ def stand_in(**functions: Any) -> Any:
 def right() -> Any:
     """A back end that is right."""
 
-    def sparse(out: Tensor, x: Tensor, key: Any, offset: int, sizes: Any) -> None:
+    def sparse(
+        out: Tensor, x: Tensor, key: Any, offset: int, sizes: Any, plans: Any = None
+    ) -> None:
         rows = torch.arange(len(x))
         starts = torch.full((len(x),), offset)
         choice.sparse_segments_into(out, x, rows, starts, key, sizes)

@@ -276,9 +276,7 @@ def _run(
         plans.keep(_address_of_plan(task), plan, plan.nbytes)
 
 
-def _take_plan(
-    library: ctypes.CDLL, plans: PlanCache, task: _Task
-) -> Tensor | None:
+def _take_plan(library: ctypes.CDLL, plans: PlanCache, task: _Task) -> Tensor | None:
     """Give a sparse sketch its plan, or the memory for one that is worth keeping.
 
     Returns:
