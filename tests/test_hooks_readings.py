@@ -192,3 +192,41 @@ def test_a_bad_example_does_not_change_how_the_others_are_read(shapes: Any) -> N
         found = flatten_rows(computer.compute_per_sample_grad((x, labels)))
         assert_exact(found[rows], expected(model, task, (x[rows], labels[rows])))
         assert found[2].isnan().all()
+
+
+class Sorted(nn.Module):
+    """Runs its examples from the smallest to the largest, and puts them back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        order = x.sum(1).argsort()
+        made = torch.tanh(self.layer(x[order]))
+        return self.head(made[order.argsort()])
+
+
+def test_a_model_that_sorts_is_noticed_on_a_later_batch() -> None:
+    model = randomize(Sorted()).float()
+    task = resolve_task("image_classification")
+    engine = HookGradientComputer(model, task)
+    x, y = draw(0, 6, 4).float(), classes(1, 6, 3)
+    in_order = x[x.sum(1).argsort()]
+    for _ in range(7):
+        engine.compute_per_sample_grad((in_order, y))
+    message = r"'layer.*agreed with autograd on the first batch.* sort or pack"
+    with pytest.raises(GradientError, match=message):
+        engine.compute_per_sample_grad((in_order.flip(0), y))
+
+
+def test_later_checks_leave_a_right_engine_alone() -> None:
+    model = randomize(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).float()
+    engine = HookGradientComputer(model, resolve_task("image_classification"))
+    for seed in range(40):
+        x, y = draw(seed, 9, 4).float(), classes(seed, 9, 3)
+        if seed % 5 == 0:
+            x[3] = torch.inf
+        engine.compute_per_sample_grad((x, y))
+    assert "vmap" not in str(engine.coverage)

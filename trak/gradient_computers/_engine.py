@@ -23,7 +23,13 @@ from trak.gradient_computers._copies import Nowhere, arrangements, shortened
 from trak.gradient_computers._functional import FunctionalGradientComputer
 from trak.gradient_computers._ladder import HOOKED, Ladder, Rung
 from trak.gradient_computers._layouts import EXPANDED
-from trak.gradient_computers._proof import EXAMPLES, prove, unrest
+from trak.gradient_computers._proof import (
+    EXAMPLES,
+    FIRST_RECHECK,
+    check_again,
+    prove,
+    unrest,
+)
 from trak.gradient_computers._remaining import (
     has_batched_form,
     loop_gradients,
@@ -86,6 +92,8 @@ class Engine:
         self._is_checked = False
         self._last: Tape | None = None
         self._proofs = 0
+        self._batches = 0
+        self._next_check = FIRST_RECHECK
 
     # -- what a check needs -----------------------------------------------------------
 
@@ -138,6 +146,10 @@ class Engine:
     def attempt(self, batch: Batch, sink: GradientSink) -> Tensor | None:
         """Compute the gradients of a batch for a check, or learn why not."""
         return self._attempt(batch, sink, proving=True)
+
+    def is_proved(self) -> bool:
+        """Tell whether all layouts of the last pass had been proved before."""
+        return self._last is not None and self._last.used <= self._verified
 
     def settle(self, batch: Batch) -> None:
         """Find how the copies of each parameter have to be arranged, or that none will do.
@@ -228,11 +240,15 @@ class Engine:
             The outputs. Shape ``(b,)``.
 
         Raises:
-            GradientError: If no way holds.
+            GradientError: If no way holds, or one that was proved does not any more.
         """
         self._proofs = 0
         if not self._is_checked and self.ladder.stations and self._runs_bare(batch):
             self._prove(batch)
+        self._batches += 1
+        if self._batches >= self._next_check and self._is_checked:
+            self._next_check *= 4
+            check_again(self, batch)
         for _ in range(4 * len(self.ladder.selection.names) + 8):
             outputs = self._attempt(batch, sink)
             if outputs is not None:

@@ -17,6 +17,7 @@ from trak.gradient_computers._self_check import (
     BLAMABLE,
     FiniteRows,
     Residual,
+    Tolerance,
     check_alone,
     check_weights,
     differentiable,
@@ -33,6 +34,14 @@ EXAMPLES = 8
 LARGEST_DISTANCE = 0.2
 """Relative distance of one example's gradient in a batch from that alone, or without its
 padding, above which a warning is due. A cosine of 0.98."""
+
+FIRST_RECHECK = 8
+"""The first batch of a checkpoint at which the gradients are checked again; then at four
+times as many batches, and so on, so that all checks cost little."""
+
+_SURELY_WRONG = 0.5
+"""Relative difference of a parameter's gradient that no rounding explains. Those of two
+examples that changed places differ by their own size."""
 
 _ROUNDS = 100
 """Every round but the last moves a parameter down the ladder, or changes one layer."""
@@ -61,6 +70,9 @@ class Subject(Protocol):
 
     def attempt(self, batch: Batch, sink: GradientSink) -> Tensor | None:
         """Compute gradients, or learn why not and return None."""
+
+    def is_proved(self) -> bool:
+        """Tell whether the last attempt read all layouts in ways that were proved."""
 
     def distrust(self, reason: str) -> None:
         """Serve parameters in another way, after outputs came out differently."""
@@ -143,6 +155,44 @@ def _compare(engine: Subject, batch: Batch) -> bool | Tensor:
     if wrong:
         engine.learn(wrong)
     return not wrong
+
+
+def check_again(engine: Subject, batch: Batch) -> None:
+    """Refuse to go on where gradients that were right are wrong.
+
+    A model may sort its examples, say, and the first batch have been in order.
+
+    Args:
+        engine: The engine; it stays as it is.
+        batch: A later batch.
+
+    Raises:
+        GradientError: If what was proved on the first batch does not hold on this one.
+    """
+    batch = take(batch, slice(0, EXAMPLES))
+    parameters = engine.parameters()
+    with torch.no_grad():
+        b = len(engine.outputs(batch))
+    weights = check_weights(b).to(row_leaves(batch)[0].device)
+    with differentiable(parameters.values()):
+        gradient = differentiate(
+            functools.partial(engine.outputs, batch), weights, parameters
+        )
+    residual = Residual(gradient, weights)
+    if engine.attempt(batch, residual) is None or not engine.is_proved():
+        return  # what is new to it is proved with the batch itself
+    wrong = residual.wrong(Tolerance(_SURELY_WRONG, 0.05))
+    # Without finite gradients there is nothing to compare.
+    wrong = {name: share for name, share in wrong.items() if share > _SURELY_WRONG}
+    if wrong:
+        name, share = max(wrong.items(), key=lambda item: item[1])
+        raise GradientError(
+            f"The per-sample gradients of {name!r} agreed with autograd on the first batch "
+            f"and are off by {share:.2g} on a later one: does the model sort or pack its "
+            f"examples? Gradients stored since then may be wrong too. Start again with "
+            f"gradient_computer=FunctionalGradientComputer or IterativeGradientComputer, "
+            f"in another save_dir."
+        )
 
 
 def _compare_alone(engine: Subject, batch: Batch) -> None:
