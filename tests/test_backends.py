@@ -63,7 +63,9 @@ def stand_in(**functions: Any) -> Any:
 def right() -> Any:
     """A back end that is right."""
 
-    def sparse(out: Tensor, x: Tensor, key: Any, offset: int, sizes: Any) -> None:
+    def sparse(
+        out: Tensor, x: Tensor, key: Any, offset: int, sizes: Any, plans: Any = None
+    ) -> None:
         rows = torch.arange(len(x))
         starts = torch.full((len(x),), offset)
         choice.sparse_segments_into(out, x, rows, starts, key, sizes)
@@ -175,6 +177,22 @@ def test_a_back_end_that_is_wrong_is_not_used(
     monkeypatch.setattr(choice, "_kernels", lambda backend: kernels)
     with pytest.warns(BackendWarning, match=f"their {name} .*is .* from the one by"):
         choice.choose(Backend.auto, CPU)
+
+
+def test_a_back_end_that_repeats_itself_wrongly_is_not_used() -> None:
+    kernels = right()
+    add, seen = kernels.sparse_into, []
+
+    def forgets(out: Tensor, x: Tensor, *arguments: Any) -> None:
+        if arguments[-1] not in seen:
+            add(out, x, *arguments)
+        if len(arguments) == 4:
+            seen.append(arguments[-1])
+
+    kernels.sparse_into = forgets
+    reason = choice.prove(kernels, CPU)
+    assert reason is not None
+    assert reason.startswith("their second sparse sketch of a small random input is")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("no"), MemoryError("no")])
