@@ -45,6 +45,9 @@ class Score:
     exponents: bool = False
     """Whether halves and quarters of the sizes are measured too."""
 
+    rounds: int = 1
+    """How often all of it is measured, each time with a store of its own."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -108,10 +111,13 @@ DEFAULT = Plan(
         *(Project(100_000, b, p) for b in (32, 256) for p in (512, 2048, 16384)),
         *(Project(2_300_000, 32, p) for p in (512, 2048, 16384)),
         Project(2_300_000, 256, 2048),
-        Project(480_000, 32, 2048),
     ),
-    score=(Score(20_000, exponents=True), Score(100_000, p=4096)),
-    budget=30,
+    score=(
+        Score(20_000, exponents=True),
+        Score(100_000, p=4096, rounds=3),
+        Score(1_000_000),
+    ),
+    budget=20,
     cap=15,
     rounds=11,
 )
@@ -148,9 +154,9 @@ FULL = Plan(
     ),
     score=(
         Score(20_000, exponents=True),
-        Score(100_000, p=4096),
+        Score(100_000, p=4096, rounds=5),
         Score(100_000, p=4096, checkpoints=4),
-        Score(1_000_000),
+        Score(1_000_000, rounds=3),
     ),
     budget=60,
     cap=60,

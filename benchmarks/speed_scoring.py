@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,13 @@ def run_scoring(cell: Score, directory: Path) -> dict[str, Any]:
     Raises:
         WorkerError: If it fails.
     """
+    found = [measured(cell, directory) for _ in range(cell.rounds)]
+    steps = [joined(same) for same in zip(*(it["steps"] for it in found), strict=True)]
+    return {"kind": "score", **found[0], "steps": steps}
+
+
+def measured(cell: Score, directory: Path) -> dict[str, Any]:
+    """Measure a size once; the arguments and errors are those of `run_scoring`."""
     path = directory / "scoring.json"
     command = [sys.executable, str(SCRIPT), "--n", str(cell.n), "--p", str(cell.p)]
     command += ["--m", str(cell.m), "--k", str(cell.k)]
@@ -38,7 +46,30 @@ def run_scoring(cell: Score, directory: Path) -> dict[str, Any]:
     done = subprocess.run(command, text=True, capture_output=True, check=False)
     if done.returncode:
         raise WorkerError(f"{SCRIPT.name} failed: {done.stderr.strip()[-500:]}")
-    return {"kind": "score", **json.loads(path.read_text())}
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
+
+
+def joined(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Put the rounds of a step together: medians, and the ratios of every round."""
+    middle = {
+        name: statistics.median(it[name] for it in rounds)
+        for name in ("seconds", "floor", "plain")
+    }
+    memory = max(it["memory"] for it in rounds)
+    ratios = {
+        name: sorted(it["seconds"] / it[name] for it in rounds)
+        for name in ("floor", "plain")
+    }
+    return {**rounds[0], **middle, "memory": memory, "ratios": ratios}
+
+
+def spread(ratios: Sequence[float]) -> str:
+    """Give the median of sorted ratios, with the least and the greatest if several."""
+    text = number(statistics.median(ratios))
+    if len(ratios) > 1:
+        text += f" ({number(ratios[0])}-{number(ratios[-1])})"
+    return text
 
 
 def scoring_table(cells: Iterable[dict[str, Any]]) -> str:
@@ -56,8 +87,8 @@ def scoring_table(cells: Iterable[dict[str, Any]]) -> str:
             str(cell["machine"]["threads"]),
             step["name"],
             number(step["seconds"]),
-            number(step["seconds"] / step["floor"]),
-            number(step["seconds"] / step["plain"]),
+            spread(step["ratios"]["floor"]),
+            spread(step["ratios"]["plain"]),
             number(step["memory"]),
         )
         for cell in cells

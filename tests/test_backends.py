@@ -104,10 +104,10 @@ def test_the_variable_names_a_back_end(
     for projector in sign_projectors():
         assert projector.running_backend() is Backend.torch
     monkeypatch.setenv("TRAK_BACKEND", "gpu")
-    with pytest.raises(UnknownNameError, match="backend must be one of"):
+    with pytest.raises(UnknownNameError, match="TRAK_BACKEND must be one of"):
         sign_projectors()[0].project(gradients(1, 57), model_id=0)
     monkeypatch.setenv("TRAK_BACKEND", "triton")
-    with pytest.raises(BackendError, match="the triton kernels cannot run on cpu"):
+    with pytest.raises(BackendError, match=r"cannot run on cpu.*TRAK_BACKEND names"):
         sign_projectors()[0].running_backend()
 
 

@@ -369,7 +369,7 @@ STEP |= {"seconds": 3.0, "floor": 2.0, "plain": 4.0, "memory": 0.5}
 SCORED = {
     "kind": "score",
     "machine": {"threads": 2},
-    "steps": [STEP],
+    "steps": [{**STEP, "ratios": {"floor": [1.5], "plain": [0.75]}}],
     "exponents": {"n": {"finalize": 0.98}},
 }
 
@@ -392,12 +392,23 @@ def test_scoring_that_fails_says_why(speed, monkeypatch, tmp_path):
     script.write_text(
         "import json, pathlib, sys\n"
         "path = sys.argv[sys.argv.index('--json') + 1]\n"
-        "pathlib.Path(path).write_text(json.dumps({'steps': sys.argv[1:]}))\n"
+        f"step = {STEP!r}\n"
+        "step['arguments'] = sys.argv[1:]\n"
+        "pathlib.Path(path).write_text(json.dumps({'steps': [step]}))\n"
     )
     score = speed.plan.Score(10, exponents=True)
     found = speed.scoring.run_scoring(score, tmp_path)
-    assert found["steps"][:2] == ["--n", "10"]
-    assert found["steps"][-1] == "--exponents"
+    assert found["kind"] == "score"
+    (step,) = found["steps"]
+    assert "--exponents" in step["arguments"]
+    assert step["ratios"] == {"floor": [1.5], "plain": [0.75]}
+
+
+def test_rounds_of_scoring_are_put_together(speed):
+    rounds = [{**STEP, "seconds": seconds} for seconds in (6.0, 2.0, 3.0)]
+    step = speed.scoring.joined(rounds)
+    assert (step["seconds"], step["n"]) == (3.0, STEP["n"])
+    assert speed.scoring.spread(step["ratios"]["floor"]) == "1.50 (1.00-3.00)"
 
 
 def test_other_work_and_failures_are_reported(speed):

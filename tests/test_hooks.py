@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,9 +79,7 @@ def half_seen(m: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("function", [unseen, half_seen])
 def test_a_weight_used_behind_the_layers_back(function: Any) -> None:
     model = randomize(Module(function, **head(layer=nn.Linear(4, 4, bias=False))))
-    with pytest.warns(
-        TrakWarning, match=r"layer\.weight by vmap .* differs by 1?"
-    ) as seen:
+    with pytest.warns(TrakWarning, match=r"layer\.weight by vmap .* differs") as seen:
         found, known, computer = compute(model, BATCH)
     assert len(seen) == 1
     assert_exact(found, known)
@@ -130,6 +129,44 @@ def test_the_form_for_one_example_in_a_loop() -> None:
     with pytest.warns(TrakWarning, match="by one example at a time"):
         found = gradients(computer_of(randomize(nn.Linear(4, 3)), task))
     assert_exact(found[:, :12].reshape(5, 3, 4).sum(1), BATCH[0])
+
+
+def test_a_batched_form_that_needs_weights() -> None:
+    class Functional(PerExample):
+        def get_outputs(
+            self, model: Any, weights: Any, buffers: Any, batch: Any
+        ) -> Any:
+            return torch.func.functional_call(model, (weights, buffers), batch[0])[:, 0]
+
+    with pytest.warns(TrakWarning, match="get_outputs does not take weights=None"):
+        found = gradients(computer_of(randomize(nn.Linear(4, 3)), Functional()))
+    assert_exact(found[:, :4], BATCH[0])
+
+
+def test_a_batched_form_that_does_not_run_at_all() -> None:
+    class Typo(PerExample):
+        def get_outputs(self, model: Any, *arguments: Any) -> Any:
+            return model(arguments[-1]["image"])
+
+    with pytest.raises(TypeError, match="tuple indices"):
+        gradients(computer_of(randomize(nn.Linear(4, 3)), Typo()))
+
+
+@pytest.mark.parametrize("task", [PerExample(), ImageClassificationModelOutput()])
+def test_a_bad_batch_does_not_make_the_next_ones_slow(task: Any) -> None:
+    computer = computer_of(randomize(nn.Linear(4, 3)), task)
+    before = dict(computer.coverage.rungs)
+    for size in (5, 3):
+        with pytest.raises(
+            RuntimeError, match=r"shapes cannot be multiplied|size mismatch"
+        ):
+            gradients(computer, (draw(5, size), classes(5)))
+    gradients(computer)
+    with pytest.raises(
+        RuntimeError, match=r"shapes cannot be multiplied|size mismatch"
+    ):
+        gradients(computer, (draw(5, 3), classes(5)))
+    assert computer.coverage.rungs == before
 
 
 def test_a_method_that_knows_nothing_of_a_batch_of_copies() -> None:
@@ -439,6 +476,46 @@ def test_another_question_runs_the_model(change: Any) -> None:
     model.calls = 0
     torch.testing.assert_close(computer.compute_loss_grad(batch), known)
     assert model.calls == 1
+
+
+class Tempered(nn.Module):
+    """Takes a NumPy array, and has a buffer."""
+
+    temperature: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+        self.register_buffer("temperature", torch.ones(()))
+
+    def forward(self, x: Tensor, gains: np.ndarray) -> Tensor:
+        logits: Tensor = self.layer(x * self.temperature) * torch.from_numpy(gains)
+        return logits
+
+
+@pytest.mark.parametrize("in_inference", [False, True])
+def test_another_buffer_or_an_array_runs_the_model(in_inference: bool) -> None:
+    class Hot(PerExample):
+        def get_outputs(self, model: Any, *arguments: Any) -> Tensor:
+            return model(arguments[-1][0], np.ones(3))[:, 0]
+
+        def get_out_to_loss_grad(
+            self, model: Any, weights: Any, buffers: Any, batch: Any
+        ) -> Tensor:
+            hot = {"temperature": torch.tensor(5.0)}
+            call = torch.func.functional_call(model, (weights, hot), batch[0], hot_only)
+            logits: Tensor = call
+            return logits[:, :1]
+
+    hot_only = {"gains": np.ones(3)}
+    with torch.inference_mode(mode=in_inference):
+        constant = torch.ones(())
+    model = randomize(Tempered())
+    model.temperature = constant
+    computer = computer_of(model, Hot())
+    gradients(computer)
+    found = computer.compute_loss_grad(BATCH)
+    torch.testing.assert_close(found, model.layer(5 * BATCH[0])[:, :1])
 
 
 def test_outputs_that_were_written_to_are_not_used_again() -> None:

@@ -113,6 +113,25 @@ def test_the_smallest_of_nested_limits_counts(tmp_path: Path) -> None:
     assert free_bytes(CPU, tmp_path) == 800
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("proc/self/cgroup", b"garbage\n"),
+        ("proc/self/cgroup", b"0::/\xff\n"),
+        ("proc/meminfo", b"MemAvailable:\n"),
+        ("proc/meminfo", b"MemAvailable: much\n"),
+        ("sys/fs/cgroup/memory.stat", b"inactive_file \n"),
+    ],
+)
+def test_files_that_say_nothing_known(tmp_path: Path, name: str, text: bytes) -> None:
+    group = "sys/fs/cgroup/memory"
+    limits = {f"{group}.max": "900", f"{group}.current": "100"}
+    write(tmp_path, {**PLENTY, "proc/self/cgroup": "0::/\n", **limits})
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(text)
+    assert free_bytes(CPU, tmp_path) >= 800
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_free_memory_of_a_gpu() -> None:

@@ -111,3 +111,11 @@ def test_first_tensor_that_is_not_finite() -> None:
     integers = torch.tensor([1])
     assert first_non_finite([("a", integers), ("b", inf), ("c", nan)]) == "b"
     assert first_non_finite([("a", integers)]) is None
+
+
+def test_complex_parameters_are_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.gain = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
+    with pytest.raises(OptionError, match=r"'gain' is torch.complex64.*grad_wrt"):
+        select_parameters(model)
+    assert select_parameters(model, ["weight"]).names == ("weight",)

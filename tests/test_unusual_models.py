@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +25,7 @@ from tests.problems import (
     sparse,
     split,
 )
-from trak._batches import row_digests
+from trak._batches import row_digests, take
 from trak.errors import CheckpointError, GradientError, OptionError, OrderError
 from trak.gradient_computers import (
     FunctionalGradientComputer,
@@ -30,6 +33,7 @@ from trak.gradient_computers import (
     IterativeGradientComputer,
 )
 from trak.modelout_functions import resolve_task
+from trak.projectors import SparseProjector
 
 
 def train_on(problem: Problem) -> None:
@@ -191,3 +195,73 @@ def test_sparse_gradients_and_parameters_of_several_types(
 def test_sparse_batches_have_digests_too() -> None:
     dense = torch.eye(3)[[0, 2, 1]]
     np.testing.assert_array_equal(row_digests(dense.to_sparse()), row_digests(dense))
+
+
+def test_several_threads_with_one_model(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4)
+    traker = make(problem, tmp_path)
+    traker.load_checkpoint(problem.checkpoints[0], model_id=0)
+
+    def one(i: int) -> None:
+        traker.featurize(take(problem.train, slice(i, i + 1)), inds=[i])
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(one, range(problem.n)):
+            pass
+    assert all(value.requires_grad for value in problem.model.parameters())
+    traker.finalize_features()
+    assert_scores(score(traker, problem), problem.expected(sparse(problem)))
+
+
+def test_a_module_that_was_replaced_by_its_copy(tmp_path: Path) -> None:
+    problem = classification(mlp(), 4)
+    traker = make(problem, tmp_path)
+    traker.load_checkpoint(problem.checkpoints[0], model_id=0)
+    traker.featurize(take(problem.train, slice(0, 4)), num_samples=4)
+    problem.model[0] = copy.deepcopy(problem.model[0])
+    traker.featurize(take(problem.train, slice(4, None)), num_samples=problem.n - 4)
+    traker.finalize_features()
+    assert_scores(score(traker, problem), problem.expected(sparse(problem)))
+
+
+class Words(torch.nn.Module):
+    """An embedding, whose gradients come in runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = torch.nn.Embedding(7, 4), torch.nn.Linear(4, 3)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(torch.tanh(self.words(ids)).mean(1))
+        return logits
+
+
+class HalvesPieces(SparseProjector):
+    def project_into(
+        self, out: Any, grads: Any, model_id: int, parameter: str = "", offset: int = 0
+    ) -> None:
+        super().project_into(out, grads / 2, model_id, parameter, offset)
+
+
+def halve_whole(projector: SparseProjector) -> None:
+    whole = projector.project
+    projector.project = lambda *args, **kwargs: whole(*args, **kwargs) / 2
+
+
+@pytest.mark.parametrize("way", ["a method of the class", "one of the instance"])
+def test_projectors_that_change_what_they_inherit(tmp_path: Path, way: str) -> None:
+    ids = torch.arange(33).reshape(11, 3) % 7
+    problem = classification(Words(), 4)
+    problem.train = (ids, problem.train[1])
+    problem.targets = (ids[:4], problem.targets[1])
+    d = sum(value.numel() for value in problem.model.parameters())
+    kind = SparseProjector if way == "one of the instance" else HalvesPieces
+    projector = kind(d, 64, 0)
+    if way == "one of the instance":
+        halve_whole(projector)
+    traker = make(problem, tmp_path, projector=projector, proj_dim=64)
+    featurize(traker, problem)
+    traker.saver.load_current_store(0)
+    found = torch.from_numpy(traker.saver.current_store["grads"] + 0.0)
+    expected, _, _ = problem.parts(projector)
+    torch.testing.assert_close(found.double(), expected[0], rtol=2e-3, atol=2e-3)

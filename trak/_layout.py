@@ -323,8 +323,8 @@ def write_header(
 ) -> None:
     """Write an array file's header and label, and reserve its blocks."""
     with path.open("wb") as file:
-        file.write(_header(shape, dtype))
-        size = file.tell() + shape[0] * shape[1] * np.dtype(dtype).itemsize
+        size = file.write(header(shape, dtype))
+        size += shape[0] * shape[1] * np.dtype(dtype).itemsize
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(file.fileno(), 0, size + len(label))
         file.truncate(size)
@@ -332,14 +332,11 @@ def write_header(
         file.write(label)
 
 
-def _header(shape: tuple[int, int], dtype: str) -> bytes:
+def header(shape: tuple[int, int], dtype: str) -> bytes:
+    """Give what precedes the data of an array file."""
     file = io.BytesIO()
-    header = {
-        "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
-        "fortran_order": False,
-        "shape": shape,
-    }
-    np.lib.format.write_array_header_1_0(file, header)
+    fields = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, fields)
     return file.getvalue()
 
 
@@ -371,7 +368,7 @@ def open_array(
         text = file.read(int.from_bytes(prefix[8:], "little"))
         offset = file.tell()
         actual = os.fstat(file.fileno()).st_size
-    expected = _header(shape, dtype)
+    expected = header(shape, dtype)
     # The padding of the header is not the same in every version of NumPy.
     if prefix[:8] != expected[:8] or text.strip() != expected[10:].strip():
         raise StoreCorruptError(

@@ -142,8 +142,9 @@ def free_bytes(device: torch.device, root: Path = Path("/")) -> int:
         return torch.cuda.mem_get_info(device)[0] + cached
     found = [2**62, *_limits(root)]
     for line in _read(root / "proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            found.append(1024 * int(line.split()[1]))
+        with contextlib.suppress(ValueError, LookupError):
+            if line.startswith("MemAvailable:"):
+                found.append(1024 * int(line.split()[1]))
     return max(0, min(found))
 
 
@@ -157,7 +158,10 @@ _FILES = {
 def _limits(root: Path) -> Iterator[int]:
     """Give what each control group that this process is in has left."""
     for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        parts = line.split(":", 2)
+        if len(parts) < 3:
+            continue
+        _, controllers, path = parts
         if controllers and "memory" not in controllers.split(","):
             continue
         version = 1 if controllers else 2
@@ -170,7 +174,7 @@ def _limits(root: Path) -> Iterator[int]:
 
 
 def _left(directory: Path, limit: str, use: str, cache: str) -> Iterator[int]:
-    with contextlib.suppress(ValueError):  # not there, or "max"
+    with contextlib.suppress(ValueError, LookupError):  # not there, or "max"
         left = int(_read(directory / limit)) - int(_read(directory / use))
         for line in _read(directory / "memory.stat").splitlines():
             if line.startswith(f"{cache} "):
@@ -180,6 +184,6 @@ def _left(directory: Path, limit: str, use: str, cache: str) -> Iterator[int]:
 
 def _read(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8", "surrogateescape")
     except OSError:
         return ""

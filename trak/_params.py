@@ -81,8 +81,8 @@ def select_parameters(
 
     Raises:
         UnknownNameError: If a name or glob matches nothing.
-        OptionError: If a name is that of a frozen parameter, or nothing at all is left
-            to differentiate.
+        OptionError: If a name is that of a frozen parameter, a parameter is complex, or
+            nothing at all is left to differentiate.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
@@ -104,6 +104,13 @@ def select_parameters(
             f"No parameter to differentiate: of the model's {len(parameters)} parameters, "
             f"grad_wrt chooses {len(chosen)}, and of those none has requires_grad=True."
         )
+    for name in names:
+        if parameters[name].is_complex():
+            raise OptionError(
+                f"The parameter {name!r} is {parameters[name].dtype}; gradients are real "
+                f"numbers here. Leave it out with grad_wrt, or hold its real and imaginary "
+                f"parts in real parameters (torch.view_as_complex joins them)."
+            )
     return Selection(tuple(names), tuple(tuple(parameters[n].shape) for n in names))
 
 

@@ -79,6 +79,24 @@ class ProjectingSink:
         self.rows.zero_()
 
 
+def _adds_up(projector: AdditiveProjector) -> bool:
+    """Tell whether a projector's sums of pieces are its sketches of whole gradients.
+
+    With a ``project`` of its own it wants to see whole gradients, and with a
+    ``project_into`` of its own it does not know of runs.
+
+    Returns:
+        Whether they are.
+    """
+    names = ("project", "project_into", "project_segments_into")
+    project, into, runs = (
+        name in vars(projector)
+        or getattr(type(projector), name) is not getattr(AdditiveProjector, name)
+        for name in names
+    )
+    return not project and (runs or not into)
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """What turns an example into a row, for one checkpoint."""
@@ -111,7 +129,7 @@ class Pipeline:
         """
         # An engine that streams knows the model's output after the gradients; for the
         # others the weights come first, as they check the labels.
-        if self.weighted and not self._streams:
+        if self.weighted and not self.streams:
             weights = self.out_to_loss(batch, size)
             return self.rows(batch, size), weights
         rows = self.rows(batch, size)
@@ -130,7 +148,7 @@ class Pipeline:
         Raises:
             GradientError: If gradients or projections do not have the right shape.
         """
-        if isinstance(self.projector, AdditiveProjector) and self._streams:
+        if isinstance(self.projector, AdditiveProjector) and self.streams:
             return self._streamed(batch, size, self.projector) / self.scale
         blocks = getattr(self.computer, "per_sample_grad_blocks", None)
         whole = self.computer.compute_per_sample_grad
@@ -165,14 +183,13 @@ class Pipeline:
         return sink.rows.float()
 
     @property
-    def _streams(self) -> bool:
+    def streams(self) -> bool:
         """Whether gradients can go to the projector piece by piece."""
         projector = self.projector
         return (
             getattr(self.computer, "stream_per_sample_grads", None) is not None
             and isinstance(projector, AdditiveProjector)
-            # A subclass with a `project` of its own wants to see whole gradients.
-            and type(projector).project is AdditiveProjector.project
+            and _adds_up(projector)
             and projector.grad_dim == self.selection.grad_dim
             and projector.proj_dim == self.proj_dim
             and projector.device.type

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ import torch
 from trak._options import Options
 from trak.errors import OptionError, StoreMismatchError
 from trak.gradient_computers import AbstractGradientComputer
-from trak.modelout_functions import AbstractModelOutput
+from trak.modelout_functions import AbstractModelOutput, resolve_task
 from trak.projectors import (
     AbstractProjector,
     CudaProjector,
@@ -19,6 +21,77 @@ from trak.projectors import (
 )
 from trak.savers import AbstractSaver, MmapSaver
 from trak.score_computers import AbstractScoreComputer, BasicScoreComputer
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What computes: everything but the saver."""
+
+    options: Options
+    """The façade's plain arguments."""
+
+    task: AbstractModelOutput
+    """What is differentiated."""
+
+    projector: AbstractProjector
+    """Projects gradients."""
+
+    proj_dim: int
+    """Projected entries, ``p``."""
+
+    gradient_computer: AbstractGradientComputer
+    """Computes them."""
+
+    computer_class: Any
+    """What that was built from; None for an instance that was given."""
+
+    score_computer: AbstractScoreComputer
+    """Computes features and scores."""
+
+    logging_level: int
+    """Level of the loggers."""
+
+
+def build_parts(
+    model: torch.nn.Module,
+    task: Any,
+    options: Options,
+    gradient_computer: Any,
+    projector: Any,
+    score_computer: Any,
+    logging_level: int,
+) -> Parts:
+    """Build every part but the saver from what the user gave.
+
+    Returns:
+        The parts.
+    """
+    resolved = resolve_task(task)
+    built = build_projector(projector, options)
+    return Parts(
+        options,
+        resolved,
+        built,
+        built.proj_dim or options.selection.grad_dim,
+        build_gradient_computer(gradient_computer, model, resolved, options),
+        gradient_computer if isinstance(gradient_computer, type) else None,
+        build_score_computer(score_computer, options, logging_level),
+        logging_level,
+    )
+
+
+def another_computer(parts: Parts) -> AbstractGradientComputer:
+    """Build the gradient computer once more, or copy the instance that was given.
+
+    Returns:
+        One whose use leaves the other as it is.
+    """
+    computer = parts.gradient_computer
+    if parts.computer_class is None:
+        return copy.copy(computer)
+    return build_gradient_computer(
+        parts.computer_class, computer.model, parts.task, parts.options
+    )
 
 
 def build_gradient_computer(
@@ -110,45 +183,45 @@ def build_score_computer(
     return result
 
 
-def build_saver(
-    given: Any,
-    options: Options,
-    projector: AbstractProjector,
-    proj_dim: int,
-    task: AbstractModelOutput,
-    logging_level: int,
-) -> AbstractSaver:
+def build_saver(given: Any, parts: Parts) -> AbstractSaver:
     """Build the saver from its class, take the instance, or make the default.
-
-    Its metadata are what every checkpoint of a store must agree in.
 
     Returns:
         The saver.
     """
-    law = projector.proj_type
-    metadata = {
-        "JL dimension": proj_dim,
-        "JL matrix type": str(getattr(law, "value", law)),
-        "train set size": options.train_set_size,
-        "projection": describe_projector(projector),
-        "task": task.describe(),
-        "parameters": options.selection.fingerprint(),
-        "gradient entries": options.selection.grad_dim,
-    }
+    options = parts.options
     built = _build(
         "saver",
         MmapSaver if given is None else given,
         AbstractSaver,
         save_dir=options.save_dir,
-        metadata=metadata,
+        metadata=store_metadata(parts),
         train_set_size=options.train_set_size,
-        proj_dim=proj_dim,
+        proj_dim=parts.proj_dim,
         load_from_save_dir=options.load_from_save_dir,
-        logging_level=logging_level,
+        logging_level=parts.logging_level,
         use_half_precision=options.use_half_precision,
     )
     result: AbstractSaver = built
     return result
+
+
+def store_metadata(parts: Parts) -> dict[str, Any]:
+    """List what every checkpoint of a store must agree in.
+
+    Returns:
+        The saver's metadata.
+    """
+    options, law = parts.options, parts.projector.proj_type
+    return {
+        "JL dimension": parts.proj_dim,
+        "JL matrix type": str(getattr(law, "value", law)),
+        "train set size": options.train_set_size,
+        "projection": describe_projector(parts.projector),
+        "task": parts.task.describe(),
+        "parameters": options.selection.fingerprint(),
+        "gradient entries": options.selection.grad_dim,
+    }
 
 
 def _build(name: str, given: Any, interface: type, **arguments: Any) -> Any:

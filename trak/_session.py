@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import threading
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,7 +34,7 @@ from trak._options import (
 )
 from trak._pipeline import Pipeline
 from trak._readiness import require_finalized
-from trak._seams import has_batched_form
+from trak._seams import Parts, has_batched_form
 from trak._types import Batch
 from trak.errors import (
     ExperimentError,
@@ -47,6 +49,10 @@ from trak.savers import AbstractSaver, MmapSaver
 
 DEFAULT_EXPERIMENT = "default"
 """Name of an experiment that was given none."""
+
+_ALONE = threading.RLock()
+"""Held while a model is loaded or run: that changes the model, which another thread may
+have too, and settings of the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,14 @@ class Session:
     _experiment: str | None = None
     _cursors: dict[tuple[int, str | None], int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, saver: AbstractSaver, parts: Parts) -> Session:
+        """Make a session of what was built."""
+        options = parts.options
+        scale = math.sqrt(options.selection.grad_dim)
+        computer, projector = parts.gradient_computer, parts.projector
+        return cls(saver, computer, projector, options, parts.proj_dim, scale)
+
     def load_for_training(
         self,
         checkpoint: Mapping[str, Tensor],
@@ -95,35 +109,36 @@ class Session:
             model_id: Its id; None for the id of these weights, or the next free one.
             allow_known: Passed on to the saver.
         """
-        self.end()
-        saver = self.saver
-        saver.refresh()
-        weights = load_weights(self.computer.model, checkpoint)
-        if model_id is None:
-            same = ids_of_weights(saver.model_ids, weights)
-            model_id = min(same, default=max(saver.model_ids, default=-1) + 1)
-        model_id = integer("model_id", model_id)
-        twins: list[int] = []
-        if model_id in saver.model_ids:
-            check_weights(saver.model_ids, model_id, weights)
-            saver.load_current_store(model_id)
-        else:
-            saver.register_model_id(model_id, allow_known)
-            check_weights(saver.model_ids, model_id, weights)
-            twins = [
-                i for i in ids_of_weights(saver.model_ids, weights) if i != model_id
-            ]
-            saver.model_ids[model_id]["weights"] = weights
-            saver.serialize_current_model_id_metadata()
-        self._begin(model_id, None, self.options.train_set_size, weights)
-        if twins:
-            warnings.warn(
-                f"model id {model_id} has the same weights as model id {twins[0]}, so it "
-                f"adds only another projection of them. Does a list hold one state dict "
-                f"several times? state_dict() gives references; copy.deepcopy each.",
-                TrakWarning,
-                stacklevel=3,
-            )
+        with _ALONE:
+            self.end()
+            saver = self.saver
+            saver.refresh()
+            weights = load_weights(self.computer.model, checkpoint)
+            if model_id is None:
+                same = ids_of_weights(saver.model_ids, weights)
+                model_id = min(same, default=max(saver.model_ids, default=-1) + 1)
+            model_id = integer("model_id", model_id)
+            twins: list[int] = []
+            if model_id in saver.model_ids:
+                check_weights(saver.model_ids, model_id, weights)
+                saver.load_current_store(model_id)
+            else:
+                saver.register_model_id(model_id, allow_known)
+                check_weights(saver.model_ids, model_id, weights)
+                twins = [
+                    i for i in ids_of_weights(saver.model_ids, weights) if i != model_id
+                ]
+                saver.model_ids[model_id]["weights"] = weights
+                saver.serialize_current_model_id_metadata()
+            self._begin(model_id, None, self.options.train_set_size, weights)
+            if twins:
+                warnings.warn(
+                    f"model id {model_id} has the same weights as model id {twins[0]}, so it "
+                    f"adds only another projection of them. Does a list hold one state dict "
+                    f"several times? state_dict() gives references; copy.deepcopy each.",
+                    TrakWarning,
+                    stacklevel=3,
+                )
 
     def load_for_scoring(self, call: ScoringCall) -> None:
         """Load a checkpoint; the next batches are targets of an experiment.
@@ -138,23 +153,24 @@ class Session:
         exp_name = check_exp_name(
             DEFAULT_EXPERIMENT if call.exp_name is None else call.exp_name
         )
-        self.end()
-        self.saver.refresh()
-        weights = load_weights(self.computer.model, call.checkpoint)
-        model_id = call.model_id
-        if model_id is None:
-            same = ids_of_weights(self.saver.model_ids, weights)
-            if not same:
-                raise ModelIDException(
-                    f"no checkpoint in the store has these weights (fingerprint "
-                    f"{weights}); load_checkpoint and featurize them first."
-                )
-            model_id = min(same)
-        require_finalized(self.saver, model_id)
-        check_weights(self.saver.model_ids, model_id, weights)
-        self.saver.init_experiment(exp_name, call.num_targets, model_id)
-        self._experiment = exp_name
-        self._begin(model_id, exp_name, call.num_targets, weights)
+        with _ALONE:
+            self.end()
+            self.saver.refresh()
+            weights = load_weights(self.computer.model, call.checkpoint)
+            model_id = call.model_id
+            if model_id is None:
+                same = ids_of_weights(self.saver.model_ids, weights)
+                if not same:
+                    raise ModelIDException(
+                        f"no checkpoint in the store has these weights (fingerprint "
+                        f"{weights}); load_checkpoint and featurize them first."
+                    )
+                model_id = min(same)
+            require_finalized(self.saver, model_id)
+            check_weights(self.saver.model_ids, model_id, weights)
+            self.saver.init_experiment(exp_name, call.num_targets, model_id)
+            self._experiment = exp_name
+            self._begin(model_id, exp_name, call.num_targets, weights)
 
     def select(
         self, exp_name: str | None, model_ids: Iterable[int] | None
@@ -248,44 +264,45 @@ class Session:
         Raises:
             OrderError: If no checkpoint is loaded for that.
         """
-        current = self._current
-        loaded = self._loaded
-        if current is None or loaded is None or bool(current.exp_name) != targets:
-            call = "start_scoring_checkpoint" if targets else "load_checkpoint"
-            raise OrderError(
-                f"No checkpoint is loaded for {'scoring' if targets else 'featurizing'}; "
-                f"call {call} first."
+        with _ALONE:
+            current = self._current
+            loaded = self._loaded
+            if current is None or loaded is None or bool(current.exp_name) != targets:
+                call = "start_scoring_checkpoint" if targets else "load_checkpoint"
+                raise OrderError(
+                    f"No checkpoint is loaded for {'scoring' if targets else 'featurizing'}; "
+                    f"call {call} first."
+                )
+            exp_name = current.exp_name
+            batch = canonical(batch)
+            size = batch_size(batch)
+            cursor = self._cursors[current.model_id, exp_name]
+            what = "target" if exp_name else "training example"
+            rows = parse_rows(inds, num_samples, size, cursor, current.total, what)
+            check_device(batch, self.options.device)
+            check_mode(self.computer.model)
+            self._loaded = check_loaded(self.computer.model, loaded, current.model_id)
+            self._load_rows(current)
+            self._check_task_data(current.model_id)
+            digests = row_digests(batch)
+            self._compare(current, rows, digests)
+            pipeline = Pipeline(
+                self.computer,
+                self.projector,
+                self.options.selection,
+                current.model_id,
+                self.proj_dim,
+                self.scale,
+                what,
+                weighted=not exp_name or has_batched_form(self.computer.modelout_fn),
             )
-        exp_name = current.exp_name
-        batch = canonical(batch)
-        size = batch_size(batch)
-        cursor = self._cursors[current.model_id, exp_name]
-        what = "target" if exp_name else "training example"
-        rows = parse_rows(inds, num_samples, size, cursor, current.total, what)
-        check_device(batch, self.options.device)
-        check_mode(self.computer.model)
-        self._loaded = check_loaded(self.computer.model, loaded, current.model_id)
-        self._load_rows(current)
-        self._check_task_data(current.model_id)
-        digests = row_digests(batch)
-        self._compare(current, rows, digests)
-        pipeline = Pipeline(
-            self.computer,
-            self.projector,
-            self.options.selection,
-            current.model_id,
-            self.proj_dim,
-            self.scale,
-            what,
-            weighted=not exp_name or has_batched_form(self.computer.modelout_fn),
-        )
-        skip = not exp_name and self.options.non_finite is NonFinitePolicy.SKIP
-        store = self.saver.current_store
-        store_batch(pipeline, store, exp_name, batch, rows, digests, skip=skip)
-        if inds is None:
-            self._cursors[current.model_id, exp_name] = cursor + size
-        if not exp_name:
-            self._note_completion(current.model_id)
+            skip = not exp_name and self.options.non_finite is NonFinitePolicy.SKIP
+            store = self.saver.current_store
+            store_batch(pipeline, store, exp_name, batch, rows, digests, skip=skip)
+            if inds is None:
+                self._cursors[current.model_id, exp_name] = cursor + size
+            if not exp_name:
+                self._note_completion(current.model_id)
 
     def _load_rows(self, current: Current) -> None:
         """Load the arrays that rows go to, in case somebody looked at others."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, SupportsIndex, overload
 
@@ -13,21 +14,16 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from trak._estimate import estimate_parts
+from trak._estimate_table import Estimate
 from trak._finalizing import FeatureReport, read_reports
 from trak._options import parse_options, parse_scoring_call, positive
 from trak._scoring import Scoring, TopScores
-from trak._seams import (
-    build_gradient_computer,
-    build_projector,
-    build_saver,
-    build_score_computer,
-    check_same_projector,
-)
+from trak._seams import build_parts, build_saver, check_same_projector
 from trak._session import Session
-from trak._types import Batch, GradWrt
+from trak._types import Batch, GradWrt, Weights
 from trak.errors import OptionError
 from trak.gradient_computers import HookGradientComputer
-from trak.modelout_functions import AbstractModelOutput, resolve_task
 from trak.projectors import AbstractProjector
 from trak.savers import MmapSaver
 
@@ -49,11 +45,9 @@ class TRAKer:
             calls that name none.
         device: Where the model is; None to look. The model is never moved.
         gradient_computer: Class, or instance, that computes per-sample gradients.
-        projector: Instance, or class, that projects them; None for the sparse
-            projection.
+        projector: Instance, or class, that projects them; None for the sparse one.
         saver: Class, or instance, that keeps intermediate results; None for files.
-        score_computer: Class, or instance, that computes scores; None for the blocked
-            exact estimator.
+        score_computer: Class, or instance, that computes scores; None for the exact estimator.
         proj_dim: Projected entries, ``p``, where ``projector`` is not an instance.
         logging_level: Level of the loggers; above ``INFO`` there are no progress bars.
         use_half_precision: Whether rows are stored in float16, which rounds them by one
@@ -114,31 +108,21 @@ class TRAKer:
         )
         self.logger = logging.getLogger("TRAK")
         self.logger.setLevel(logging_level)
-        self.options = options
-        self.model = model
-        self.task: AbstractModelOutput = resolve_task(task)
-        self.train_set_size = options.train_set_size
+        self.options, self.model = options, model
+        given = gradient_computer, projector, score_computer
+        parts = self._parts = build_parts(model, task, options, *given, logging_level)
+        self.task, self.proj_dim = parts.task, parts.proj_dim
+        self.gradient_computer = parts.gradient_computer
+        self.score_computer = parts.score_computer
+        self.saver = build_saver(saver, parts)
+        self.train_set_size, self.device = options.train_set_size, options.device
         self.save_dir, self.load_from_save_dir = options.save_dir, load_from_save_dir
-        self.device = options.device
         self.dtype = torch.float16 if use_half_precision else torch.float32
-        self.grad_wrt = grad_wrt
-        self.lambda_reg = lambda_reg
+        self.grad_wrt, self.lambda_reg = grad_wrt, lambda_reg
         self.num_params = sum(value.numel() for value in model.parameters())
         self.num_params_for_grad = options.selection.grad_dim
         self.proj_seed = options.projector_seed
-        scale = math.sqrt(self.num_params_for_grad)
-        self.normalize_factor = torch.tensor(scale)
-        built = build_projector(projector, options)
-        self.proj_dim = built.proj_dim or self.num_params_for_grad
-        self.gradient_computer = build_gradient_computer(
-            gradient_computer, model, self.task, options
-        )
-        self.score_computer = build_score_computer(
-            score_computer, options, logging_level
-        )
-        self.saver = build_saver(
-            saver, options, built, self.proj_dim, self.task, logging_level
-        )
+        self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
         self._scoring = Scoring(
             self.saver,
             self.score_computer,
@@ -150,9 +134,7 @@ class TRAKer:
         if isinstance(self.saver, MmapSaver):
             self.saver.make_features = self._scoring.make_features
         self.scores: np.ndarray | None = None
-        self._session = Session(
-            self.saver, self.gradient_computer, built, options, self.proj_dim, scale
-        )
+        self._session = Session.of(self.saver, parts)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in {"gradient_computer", "score_computer", "saver"} & set(vars(self)):
@@ -176,9 +158,32 @@ class TRAKer:
         """What finalizing found about each checkpoint, by model id."""
         return read_reports(self.saver.model_ids)
 
+    def estimate(
+        self,
+        num_targets: int,
+        num_checkpoints: int = 1,
+        batch: Batch | None = None,
+        batch_size: int | None = None,
+    ) -> Estimate:
+        """Estimate the space and time of every stage as :func:`trak.estimate` does.
+
+        Args:
+            num_targets: Number of targets, ``m``.
+            num_checkpoints: Number of checkpoints, ``c``.
+            batch: Some training examples to measure with; None for a rough estimate.
+            batch_size: Examples that will be featurized at a time.
+
+        Returns:
+            The estimate; nothing is stored, and nothing changes.
+        """
+        parts = replace(self._parts, projector=self.projector)
+        return estimate_parts(
+            parts, self.saver, num_targets, num_checkpoints, batch, batch_size
+        )
+
     def load_checkpoint(
         self,
-        checkpoint: Mapping[str, Tensor],
+        checkpoint: Weights,
         model_id: int | None = None,
         _allow_featurizing_already_registered: bool = False,  # noqa: FBT001  0.3.2's
     ) -> None:
@@ -186,8 +191,7 @@ class TRAKer:
 
         Args:
             checkpoint: Its state dict.
-            model_id: Its id in the store; None for the id that these weights have, or
-                the next free one.
+            model_id: Its id in the store; None for the id of these weights, or a new one.
             _allow_featurizing_already_registered: Accepted for 0.3.2; a checkpoint that
                 is partly featurized is always gone on with.
 
@@ -251,17 +255,13 @@ class TRAKer:
 
     @overload
     def start_scoring_checkpoint(
-        self,
-        exp_name: str,
-        checkpoint: Mapping[str, Tensor],
-        model_id: int,
-        num_targets: int,
+        self, exp_name: str, checkpoint: Weights, model_id: int, num_targets: int
     ) -> None: ...
 
     @overload
     def start_scoring_checkpoint(
         self,
-        checkpoint: Mapping[str, Tensor],
+        checkpoint: Weights,
         model_id: int | None = None,
         *,
         exp_name: str | None = None,

@@ -98,11 +98,12 @@ _MODULES: Final = {
 _BY_DEVICE: Final = {"cpu": Backend.native, "cuda": Backend.triton}
 
 
-def parse_backend(value: str | Backend) -> Backend:
+def parse_backend(value: str | Backend, what: str = "backend") -> Backend:
     """Parse the name of a back end.
 
     Args:
         value: The back end or its name.
+        what: What named it, for the message.
 
     Returns:
         The back end.
@@ -119,7 +120,7 @@ def parse_backend(value: str | Backend) -> Backend:
     except ValueError:
         names = ", ".join(repr(member.value) for member in Backend)
         raise UnknownNameError(
-            f"backend must be one of {names}, got {value!r}"
+            f"{what} must be one of {names}, got {value!r}"
         ) from None
 
 
@@ -141,16 +142,17 @@ def choose(backend: Backend, device: torch.device) -> tuple[Backend, Kernels | N
     """
     named = backend
     if backend is Backend.auto:
-        named = parse_backend(os.environ.get(VARIABLE) or Backend.auto)
+        named = parse_backend(os.environ.get(VARIABLE) or Backend.auto, VARIABLE)
     if named is Backend.torch:
         return Backend.torch, None
     if named is Backend.auto:
         return _fastest(device)
     reason = problem(named, device)
     if reason is not None:
+        hint = "" if backend is named else f" ({VARIABLE} names {named.value})"
         raise BackendError(
             f"the {named.value} kernels cannot run on {device}: {reason}. Use "
-            f"backend='auto', or 'torch' for torch operations"
+            f"backend='auto', or 'torch' for torch operations{hint}"
         )
     return named, _kernels(named)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -13,10 +14,12 @@ from trak._batches import (
     describe_value,
     rebuild,
     row_leaves,
+    take,
 )
 from trak._params import Selection
 from trak._types import Batch
-from trak.errors import GradientError, TaskError
+from trak.errors import GradientError, TaskError, TrakError
+from trak.gradient_computers._copies import Nowhere, arrangements, shortened
 from trak.gradient_computers._functional import FunctionalGradientComputer
 from trak.gradient_computers._ladder import HOOKED, Ladder, Rung
 from trak.gradient_computers._layouts import EXPANDED
@@ -24,12 +27,13 @@ from trak.gradient_computers._proof import EXAMPLES, prove, unrest
 from trak.gradient_computers._remaining import (
     has_batched_form,
     loop_gradients,
+    needs_weights,
     vmap_gradients,
 )
 from trak.gradient_computers._replay import Recording
-from trak.gradient_computers._self_check import BLAMABLE, is_close
+from trak.gradient_computers._self_check import BLAMABLE
 from trak.gradient_computers._sinks import GradientSink
-from trak.gradient_computers._stations import NOT_AUTOGRADS, Station, Use
+from trak.gradient_computers._stations import NOT_AUTOGRADS, Use
 from trak.gradient_computers._tape import Tape
 from trak.modelout_functions import AbstractModelOutput
 
@@ -70,6 +74,7 @@ class Engine:
         self.max_block_bytes = 1 << 28
         self._prefix = prefix
         self._settled: set[str] = set()
+        self._was_run = False
         self.begin()
 
     def begin(self) -> None:
@@ -159,32 +164,14 @@ class Engine:
             shape = None if value is None else value.shape
             alike = (type(station.module), local, shape, *station.arrangements(local))
             if alike not in found:
-                found[alike] = self._arrangements(station, local, batch, plain)
+                found[alike] = arrangements(
+                    self.model, self.outputs, station, local, batch, plain
+                )
             station.ranks[local] = list(found[alike])
             self._settled.add(name)
             if not found[alike]:
                 reason = "a copy for each example does not fit where it is used"
                 self.ladder.move_down([name], reason)
-
-    def _arrangements(
-        self, station: Station, local: str, batch: Batch, plain: Tensor
-    ) -> list[int]:
-        """Drop the arrangements that do not leave the outputs as they are, up to one."""
-        ranks = list(station.arrangements(local))
-        for place, rank in enumerate(ranks):
-            alone = Station(station.name, station.module, copied={local: local})
-            alone.ranks[local] = [rank]
-            tape = Tape([alone], batch_size(batch), _Nowhere())
-            try:
-                with tape.listening(self.model):
-                    outputs = self.outputs(batch)
-            except BLAMABLE as error:
-                if isinstance(error, torch.OutOfMemoryError):
-                    raise
-                continue
-            if is_close(outputs, plain):
-                return ranks[place:]
-        return []
 
     def learn(self, wrong: Mapping[str, float]) -> None:
         """Try something else for parameters whose gradients were wrong.
@@ -244,7 +231,7 @@ class Engine:
             GradientError: If no way holds.
         """
         self._proofs = 0
-        if not self._is_checked and has_batched_form(self.modelout_fn):
+        if not self._is_checked and self.ladder.stations and self._runs_bare(batch):
             self._prove(batch)
         for _ in range(4 * len(self.ladder.selection.names) + 8):
             outputs = self._attempt(batch, sink)
@@ -252,6 +239,17 @@ class Engine:
                 return outputs
             sink.clear()
         raise GradientError(unrest(self.modelout_fn))
+
+    def _runs_bare(self, batch: Batch) -> bool:
+        """Tell whether the task runs the model as it stands, which hooks need."""
+        if not self._was_run:
+            run = functools.partial(self.outputs, batch)
+            reason = needs_weights(self.model, self.modelout_fn, run, batch)
+            if reason:
+                self.ladder.leave_hooks(reason)
+                return False
+        self._was_run = True
+        return True
 
     def _prove(self, batch: Batch) -> None:
         """Check some examples of a batch; if those leave doubts, all of them."""
@@ -281,21 +279,35 @@ class Engine:
                 computer = self._remaining(rest)
                 values = vmap_gradients(computer, batch, sink, self._prefix)
             except GradientError as error:
+                self._try_loop(batch, rest, error)
                 ladder.move_down(rest, shortened(str(error)))
                 return None
             outputs = values if outputs is None else outputs
         rest = ladder.served_by(Rung.LOOP)
         if rest:
-            names = {name.removeprefix(self._prefix): name for name in rest}
-            values = loop_gradients(self.model, self.modelout_fn, names, batch, sink)
+            values = self._looped(batch, sink, rest)
             outputs = values if outputs is None else outputs
         return outputs
+
+    def _looped(self, batch: Batch, sink: GradientSink, rest: list[str]) -> Tensor:
+        names = {name.removeprefix(self._prefix): name for name in rest}
+        return loop_gradients(self.model, self.modelout_fn, names, batch, sink)
+
+    def _try_loop(self, batch: Batch, rest: list[str], error: GradientError) -> None:
+        """Raise vmap's error if a loop cannot do it either: then the batch is to blame."""
+        try:
+            self._looped(take(batch, slice(0, 1)), Nowhere(), rest)
+        except TrakError:
+            raise
+        except BLAMABLE:
+            raise error from None
 
     def _pass(
         self, batch: Batch, sink: GradientSink, *, proving: bool
     ) -> Tensor | None:
         ladder = self.ladder
-        tape = Tape(ladder.stations, batch_size(batch), sink)
+        shapes = tuple(leaf.shape[1:] for leaf in row_leaves(batch))
+        tape = Tape(ladder.stations, batch_size(batch), sink, shapes)
         recording = Recording()
         try:
             with tape.listening(self.model):
@@ -361,35 +373,4 @@ class Engine:
             hooked = self.ladder.served_by(*HOOKED)
             if not hooked:
                 raise GradientError(unrest(self.modelout_fn))
-            self.ladder.move_down(hooked, reason)
-
-
-def shortened(message: str) -> str:
-    r"""Take the first sentences of a message, as far as they fit a warning.
-
-    Returns:
-        The message, or its beginning.
-
-    Example:
-        >>> shortened("A first line.\nA second one.")
-        'A first line.'
-    """
-    line = message.split("\n", 1)[0]
-    return line if len(line) <= 160 else line[:157] + "..."
-
-
-class _Nowhere:
-    """A sink for passes without gradients."""
-
-    block_bytes = 1
-
-    def add(self, parameter: str, rows: slice, grads: Tensor, offset: int = 0) -> None:
-        """Do nothing."""
-
-    def add_segments(
-        self, parameter: str, grads: Tensor, examples: Tensor, positions: Tensor
-    ) -> None:
-        """Do nothing."""
-
-    def clear(self) -> None:
-        """Do nothing."""
+            self.ladder.leave_hooks(reason)

@@ -15,7 +15,13 @@ from trak._types import Batch
 from trak.errors import TrakWarning
 from trak.gradient_computers._abstract import SelectiveGradientComputer
 from trak.gradient_computers._engine import Engine
-from trak.gradient_computers._ladder import Coverage, Rung, describe_slow, unwrapped
+from trak.gradient_computers._ladder import (
+    Coverage,
+    Rung,
+    describe_slow,
+    structure,
+    unwrapped,
+)
 from trak.gradient_computers._remaining import has_batched_form
 from trak.gradient_computers._sinks import GradientCollector, GradientSink
 
@@ -139,12 +145,13 @@ class HookGradientComputer(SelectiveGradientComputer):
             )
 
     def _made(self) -> Engine:
-        if self._engine is None:
-            self._engine = Engine(
+        engine = self._engine
+        if engine is None or engine.ladder.structure != structure(self._inner):
+            engine = self._engine = Engine(
                 self._inner, self._prefix, self.modelout_fn, self.selection
             )
-        self._engine.max_block_bytes = self.max_block_bytes
-        return self._engine
+        engine.max_block_bytes = self.max_block_bytes
+        return engine
 
     def _stream(self, batch: Batch, sink: GradientSink) -> Tensor:
         engine = self._made()

@@ -107,6 +107,7 @@ class Ladder:
     Attributes:
         reasons: Why a parameter is not served in one of the faster ways.
         stations: Where a pass has to listen.
+        structure: What :func:`structure` gave for the model.
     """
 
     def __init__(
@@ -116,6 +117,7 @@ class Ladder:
         self.reasons: dict[str, str] = {}
         self.stations: list[Station] = []
         self._all_stations: dict[str, Station] = {}
+        self.structure = structure(model)
         self._total = sum(value.numel() for value in model.parameters())
         self._owners = _owners(model, selection.names, prefix)
         self._ways: dict[str, list[Rung]] = {}
@@ -208,6 +210,14 @@ class Ladder:
             self.reasons[name] = reason
         self._collect()
 
+    def leave_hooks(self, reason: str) -> None:
+        """Serve every parameter without hooks."""
+        for name, ways in self._ways.items():
+            if ways[0] in HOOKED:
+                self._ways[name] = [Rung.VMAP, Rung.LOOP]
+                self.reasons[name] = reason
+        self._collect()
+
     def coverage(self) -> Coverage:
         """Return which way serves each parameter."""
         shapes = zip(self.selection.names, self.selection.shapes, strict=True)
@@ -253,6 +263,34 @@ def _owners(
             else:
                 owners[name].append(_Owner(module_name, module, local))
     return owners
+
+
+def structure(model: nn.Module) -> tuple[object, ...]:
+    """Identify a model's modules, their modes, and which of them share parameters.
+
+    Returns:
+        What a ladder holds for; equal as long as the model is built the same.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(1, 1))
+        >>> before = structure(model)
+        >>> model[0] = nn.Linear(1, 1)
+        >>> structure(model) == before
+        False
+    """
+    places: dict[int, int] = {}
+    return tuple(
+        (
+            id(module),
+            module.training,
+            tuple(
+                (local, places.setdefault(id(value), len(places)))
+                for local, value in module._parameters.items()
+                if value is not None
+            ),
+        )
+        for module in model.modules()
+    )
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, str]:

@@ -190,6 +190,18 @@ def _warn(version: str, distance: float, dtypes: Iterable[torch.dtype]) -> None:
 
 
 def _select(batch: Batch, rows: Tensor) -> Batch:
+    """Put examples of some rows in the places of the others; of none if there are none.
+
+    The batch keeps its size, as layouts are read off it.
+
+    Returns:
+        The batch, or an empty one.
+    """
     if rows.all():
         return batch
-    return rebuild(batch, [leaf[rows.to(leaf.device)] for leaf in row_leaves(batch)])
+    kept = rows.nonzero()[:, 0]
+    order = torch.arange(len(rows) if len(kept) else 0, device=rows.device)
+    if len(kept):
+        order = order.where(rows, kept[order % len(kept)])
+    leaves = row_leaves(batch)
+    return rebuild(batch, [leaf[order.to(leaf.device)] for leaf in leaves])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from trak._batches import as_arguments, batch_size, copied, rebuild, row_leaves, take
 from trak._linalg import spans
 from trak._types import Batch
+from trak.errors import TrakError
 from trak.gradient_computers._functional import FunctionalGradientComputer
 from trak.gradient_computers._graph import wide
+from trak.gradient_computers._self_check import BLAMABLE
 from trak.gradient_computers._sinks import GradientSink
 from trak.modelout_functions import AbstractModelOutput
 
@@ -20,6 +22,46 @@ def has_batched_form(task: AbstractModelOutput) -> bool:
     """Tell whether a task defines the optional batched form of its output."""
     own = getattr(type(task), "get_outputs", None)
     return own is not None and own is not AbstractModelOutput.get_outputs
+
+
+def needs_weights(
+    model: nn.Module,
+    task: AbstractModelOutput,
+    run: Callable[[], object],
+    batch: Batch,
+) -> str | None:
+    """Find out whether a task's batched form only works with given weights.
+
+    Args:
+        model: The model.
+        task: The task.
+        run: Runs its batched form without weights.
+        batch: Examples to run it on with weights.
+
+    Returns:
+        For users, that it does; None if it runs without.
+
+    Raises:
+        TrakError: What ``run`` raises; with weights it would raise the same.
+        AttributeError: What ``run`` raises, if weights do not help.
+        LookupError: Likewise.
+        TypeError: Likewise.
+        ValueError: Likewise.
+    """
+    with torch.no_grad():
+        try:
+            run()
+        except TrakError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            weights = {name: x.detach() for name, x in model.named_parameters()}
+            buffers = dict(model.named_buffers())
+            try:
+                task.get_outputs(model, weights, buffers, copied(batch))
+            except BLAMABLE:
+                raise error from None
+            return f"{type(task).__name__}.get_outputs does not take weights=None"
+    return None
 
 
 def vmap_gradients(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from trak.gradient_computers._module_gradients import flatten
+
+_COMPARABLE = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
+"""What is the same where it is equal; others may answer comparisons as they like."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class _Call:
     """How often each tensor of the outputs had been written to."""
 
     weights: tuple[tuple[int, int], ...]
-    """Where the weights were, and how often they had been written to."""
+    """Where weights and buffers were, and how often they had been written to."""
 
     def fits(self, model: nn.Module, inputs: Any) -> bool:
         """Tell whether the model would return the same for these arguments."""
@@ -61,7 +65,8 @@ class Recording:
         if isinstance(model, torch.jit.ScriptModule):
             yield  # its forward cannot be replaced later
             return
-        handle = model.register_forward_hook(note, with_kwargs=True)
+        # First of all hooks, as those of the user run again on what is answered.
+        handle = model.register_forward_hook(note, prepend=True, with_kwargs=True)
         try:
             yield
         finally:
@@ -98,11 +103,17 @@ def _shapes(calls: list[_Call]) -> list[list[torch.Size]]:
 
 
 def _versions(tree: Any) -> tuple[int, ...]:
-    return tuple(leaf._version for leaf in flatten(tree)[0])
+    return tuple(_version(leaf) for leaf in flatten(tree)[0])
+
+
+def _version(value: Tensor) -> int:
+    # Tensors made in inference mode have no version, and cannot be written to.
+    return 0 if value.is_inference() else value._version
 
 
 def _weights(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    return tuple((value.data_ptr(), value._version) for value in model.parameters())
+    values = itertools.chain(model.parameters(), model.buffers())
+    return tuple((value.data_ptr(), _version(value)) for value in values)
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -113,7 +124,8 @@ def _is_same(one: Any, other: Any) -> bool:
 
 def _is_same_leaf(one: Any, other: Any) -> bool:
     if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return one is other or (type(one) is type(other) and bool(one == other))
+        known = type(one) is type(other) and isinstance(one, _COMPARABLE)
+        return one is other or bool(known and one == other)
     if torch._C._functorch.is_functorch_wrapped_tensor(other):
         return False  # under vmap no value can be looked at
     return one.dtype == other.dtype and torch.equal(one, other)

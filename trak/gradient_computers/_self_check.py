@@ -210,13 +210,15 @@ def differentiate(
         if "heckpoint" not in str(error):
             raise
         grads = _accumulated(outputs(), along, chosen)
-    return {
-        name: grad
-        .to_dense()
-        .to(torch.promote_types(grad.dtype, torch.float32), copy=True)
-        .contiguous()
-        for name, grad in zip(parameters, grads, strict=True)
-    }
+    left = list(reversed(grads))
+    del grads
+    found = {}
+    # Copied, as gradients may share memory; one by one, so that few are there twice.
+    for name in parameters:
+        grad = left.pop().to_dense()
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        found[name] = grad.to(wide, copy=True).contiguous()
+    return found
 
 
 def _accumulated(

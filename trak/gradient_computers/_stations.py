@@ -97,6 +97,10 @@ class Use(NamedTuple):
     is_several: bool
     """Whether in a batch of several: with a single example every layout looks right."""
 
+    reading: tuple[object, ...] = ()
+    """What else the layout was read off: the same tensors of other sizes may be read
+    otherwise, as ``(t, b, w)`` is where there are as many positions as examples."""
+
 
 @dataclass(slots=True)
 class Finding:

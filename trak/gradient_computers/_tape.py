@@ -50,6 +50,7 @@ class Tape:
         stations: Where to listen.
         b: Number of examples, at least 1.
         sink: Where gradients go.
+        shapes: The shapes of an example's tensors.
 
     Attributes:
         findings: What went wrong; if anything, what the sink got is not complete.
@@ -60,7 +61,13 @@ class Tape:
         needs_proof: Whether the pass was given up, to check a layout first.
     """
 
-    def __init__(self, stations: Iterable[Station], b: int, sink: GradientSink) -> None:
+    def __init__(
+        self,
+        stations: Iterable[Station],
+        b: int,
+        sink: GradientSink,
+        shapes: tuple[torch.Size, ...] = (),
+    ) -> None:
         self.findings: list[Finding] = []
         self.used: set[Use] = set()
         self.spare: set[Use] = set()
@@ -68,7 +75,7 @@ class Tape:
         self.dtypes: set[torch.dtype] = set()
         self.needs_proof = False
         self._stations = list(stations)
-        self._b, self._sink = b, sink
+        self._b, self._sink, self._shapes = b, sink, shapes
         self._anchor = torch.zeros((), requires_grad=True, device="cpu")
         self._is_forming = False
         self._originals: dict[tuple[int, str], nn.Parameter] = {}
@@ -109,7 +116,7 @@ class Tape:
 
     # -- forward ----------------------------------------------------------------------
 
-    def _copy_parameters(self, station: Station, *_: Any) -> None:
+    def _copy_parameters(self, station: Station, _: nn.Module, args: Any) -> None:
         if self._is_forming or not torch.is_grad_enabled():
             return
         for local, name in station.copied.items():
@@ -123,7 +130,8 @@ class Tape:
             copies = start(value.expand(self._b, *value.shape[1:]), self._anchor)
             on_gradient(copies, functools.partial(self._take_copies, name))
             station.module._parameters[local] = copies  # type: ignore[assignment]
-            self.used.add(Use(station.name, Layout.SHARED, self._b > 1))
+            reading = (local, rank, *(x.ndim for x in flatten(args)[0]))
+            self.used.add(Use(station.name, Layout.SHARED, self._b > 1, reading))
 
     def _take_copies(self, name: str, grad: Tensor) -> None:
         self._sink.add(
@@ -168,7 +176,10 @@ class Tape:
             self._fail(station, station.by_rule, reason)
             return output
         layout = layouts[0]
-        use = Use(station.name, layout, self._b > 1)
+        # Rows that were picked by a mask are as many an example only by chance.
+        each = len(output) // self._b
+        picked = (each, *self._shapes) if layout is Layout.FLAT else ()
+        use = Use(station.name, layout, self._b > 1, (*layouts, *picked))
         self.used.add(use)
         if len(layouts) > 1:
             self.spare.add(use)
@@ -198,7 +209,9 @@ class Tape:
             reason = "it returns no tensor with one row for each example"
             self._fail(station, station.by_module, reason)
             return outputs
-        self.used.add(Use(station.name, Layout.ROWS, self._b > 1))
+        input_dims = batch_dims(station.module, args, kwargs, self._b)
+        reading = (*input_dims, *dims)
+        self.used.add(Use(station.name, Layout.ROWS, self._b > 1, reading))
         for place in tapped:
             self.dtypes.add(leaves[place].dtype)
             if leaves[place]._is_view():
@@ -212,7 +225,7 @@ class Tape:
         call = ModuleCall(
             inputs=[],
             rebuild=again,
-            input_dims=batch_dims(station.module, args, kwargs, self._b),
+            input_dims=input_dims,
             grads={},
             grad_dims={place: dims[place] or 0 for place in tapped},
             autocast=autocast_of(leaves[tapped[0]].device.type),

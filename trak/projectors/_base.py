@@ -86,6 +86,17 @@ class AbstractProjector(ABC):
     def free_memory(self) -> None:  # noqa: B027  most projectors hold nothing
         """Release what a later `project` can make again."""
 
+    def working_bytes(self, batch_size: int) -> int:
+        """Estimate the most bytes that projecting a batch needs; here, for the result.
+
+        Args:
+            batch_size: Number of examples, ``b``.
+
+        Returns:
+            The bytes, without the gradients.
+        """
+        return 4 * batch_size * self.proj_dim
+
     def describe(self) -> str:
         """Say which numbers this projector makes.
 

@@ -32,6 +32,8 @@ _PIECE: Final = 2**16
 _ROWS: Final = {"cpu": 32}
 _ROWS_ELSEWHERE: Final = 256
 _CACHE_BYTES: Final = 128 * 2**20
+# What drawing the plan of a piece takes for a moment.
+_DRAWING_BYTES: Final = 24 * 2**20
 # Native kernels read gradients once, while they are still in a cache.
 _NATIVE_BLOCK_BYTES: Final = 8 * 2**20
 
@@ -103,6 +105,30 @@ class SparseProjector(AdditiveProjector):
     def free_memory(self) -> None:
         """Drop the cached signs and rotations; `project` draws them again."""
         self._plans.clear()
+
+    def working_bytes(self, batch_size: int) -> int:
+        """Estimate the most bytes that projecting a batch needs: result, cache, piece.
+
+        Args:
+            batch_size: Number of examples, ``b``.
+
+        Returns:
+            The bytes, without the gradients.
+        """
+        result = super().working_bytes(batch_size)
+        backend = self.running_backend()
+        if backend is Backend.native:
+            outputs = self._sizes[0]
+            chunks = self.nonzeros * -(-self.grad_dim // outputs)
+            # Of a chunk, a bit for each sign, in pairs of words, and one for a rotation.
+            return result + min(_CACHE_BYTES, 4 * chunks * (-(-outputs // 64) * 2 + 1))
+        if backend is not Backend.torch:
+            return result
+        rows = min(batch_size, _ROWS.get(self.device.type, _ROWS_ELSEWHERE))
+        plans = 8 * self.nonzeros * self.grad_dim  # a source and a sign for each
+        piece = 4 * rows * min(self.grad_dim, max(_PIECE, self.proj_dim))
+        drawn = min(plans, _CACHE_BYTES) + min(plans, _DRAWING_BYTES)
+        return 2 * result + drawn + piece
 
     def _law(self) -> str:
         return f"{ProjectionType.sparse.value} nonzeros={self.nonzeros}"

@@ -3,5 +3,12 @@
 from trak.errors import ModelIDException
 from trak.savers._abstract import AbstractSaver
 from trak.savers._mmap import MmapSaver
+from trak.savers._sizes import StoreSizes, store_sizes
 
-__all__ = ["AbstractSaver", "MmapSaver", "ModelIDException"]
+__all__ = [
+    "AbstractSaver",
+    "MmapSaver",
+    "ModelIDException",
+    "StoreSizes",
+    "store_sizes",
+]
