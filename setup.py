@@ -14,7 +14,13 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 KERNELS = Path("trak/_kernels")
-SOURCES = ("native.c", "native.h", "native_dense.h", "native_variants.h")
+SOURCES = (
+    "native.c",
+    "native.h",
+    "native_dense.h",
+    "native_scatter.h",
+    "native_variants.h",
+)
 
 
 def digest() -> str:

@@ -179,6 +179,22 @@ def test_a_back_end_that_is_wrong_is_not_used(
         choice.choose(Backend.auto, CPU)
 
 
+def test_a_back_end_that_repeats_itself_wrongly_is_not_used() -> None:
+    kernels = right()
+    add, seen = kernels.sparse_into, []
+
+    def forgets(out: Tensor, x: Tensor, *arguments: Any) -> None:
+        if arguments[-1] not in seen:
+            add(out, x, *arguments)
+        if len(arguments) == 4:
+            seen.append(arguments[-1])
+
+    kernels.sparse_into = forgets
+    reason = choice.prove(kernels, CPU)
+    assert reason is not None
+    assert reason.startswith("their second sparse sketch of a small random input is")
+
+
 @pytest.mark.parametrize("error", [RuntimeError("no"), MemoryError("no")])
 def test_a_back_end_that_fails_is_not_used(error: Exception) -> None:
     def fails(*arguments: Any) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import itertools
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.contracts.projector_contract import gradients
 from trak._kernels import native
 from trak._kernels.choice import dense_segments_into, sparse_segments_into
 from trak._kernels.native import Variant
+from trak._kernels.plans import PlanCache
 from trak._signs import block_sizes, stream_key
 from trak.projectors import AdditiveProjector, BasicProjector, SparseProjector
 
@@ -111,6 +114,106 @@ def test_threads_do_not_matter(law: str, monkeypatch: pytest.MonkeyPatch) -> Non
         sketch(law, out, x, 4, 7, native.variant())
         found.append(out)
     assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_kept_plans_change_no_bit(threads: int) -> None:
+    for b, k, p, s, offset, dtype, how in cases():
+        x = strided(gradients(b, k, dtype), how)
+        wanted = torch.ones(b, p)
+        sketch("sparse", wanted, x, min(s, p), offset, native.variant())
+        plans = PlanCache(2**24)
+        held = []
+        for v in (*VARIANTS, native.variant()):
+            # Every variant may use what another has drawn.
+            found = torch.ones(b, p)
+            native._run(
+                *("trak_sparse", found, x, KEY),
+                offset=offset,
+                blocks=min(s, p),
+                plans=plans,
+                chosen=v,
+            )
+            assert torch.equal(found, wanted)
+            held.append(plans.bytes)
+        assert held == [held[0]] * len(held)
+        # Bits for every coordinate and block, rounded up, and a word for a rotation.
+        m, blocks = p // min(s, p), min(s, p)
+        chunks = k // m + 2
+        assert held[0] <= 4 * blocks * chunks * ((m + 64) // 64 * 2 + 1)
+        assert held[0] > 0 or k <= 4 * (m + 1)
+
+
+def test_plans_of_other_coordinates_are_others() -> None:
+    x, plans = gradients(2, 3000), PlanCache(2**20)
+    calls = [
+        (x, KEY, 0, (32, 32)),
+        (x, KEY, 1, (32, 32)),
+        (x[:, :2999], KEY, 0, (32, 32)),
+        (x, stream_key(3, 1, "v"), 0, (32, 32)),
+        (x, KEY, 0, (16, 16, 16, 16)),
+        (x, KEY, 0, (33, 33)),
+    ]
+    for turn in range(2):
+        for grads, key, offset, sizes in calls:
+            wanted, found = torch.zeros(2, 2, sum(sizes))
+            native.sparse_into(wanted, grads, key, offset, sizes)
+            native.sparse_into(found, grads, key, offset, sizes, plans)
+            assert torch.equal(found, wanted)
+        if turn == 0:
+            held = plans.bytes
+    assert plans.bytes == held > 0
+
+
+def test_plans_that_do_not_fit_are_drawn_every_time() -> None:
+    x, plans = gradients(2, 3000), PlanCache(1000)
+    wanted, first, second = torch.zeros(3, 2, 64)
+    native.sparse_into(wanted, x, KEY, 0, (32, 32))
+    native.sparse_into(first, x, KEY, 0, (32, 32), plans)
+    native.sparse_into(second, x, KEY, 0, (32, 32), plans)
+    assert torch.equal(first, wanted)
+    assert torch.equal(second, wanted)
+    assert plans.bytes == 0
+
+
+def test_a_plan_that_was_not_finished_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plans = PlanCache(2**20)
+    monkeypatch.setattr(native, "_library", Exhausted)
+    with pytest.raises(MemoryError):
+        native.sparse_into(torch.zeros(1, 64), torch.ones(1, 900), KEY, 0, (64,), plans)
+    assert plans.bytes == 0
+
+
+def test_projectors_keep_plans_and_free_them() -> None:
+    x = gradients(3, 20000)
+    projector = SparseProjector(20000, 64, backend="native")
+    first = projector.project(x, model_id=0)
+    held = projector._plans.bytes
+    assert held > 0
+    assert torch.equal(projector.project(x, model_id=0), first)
+    assert projector._plans.bytes == held
+    projector.project(x, model_id=1)
+    assert projector._plans.bytes == 2 * held
+    again = copy.deepcopy(projector)
+    assert again._plans.bytes == 0
+    assert torch.equal(again.project(x, model_id=0), first)
+    projector.free_memory()
+    assert projector._plans.bytes == 0
+    assert torch.equal(projector.project(x, model_id=0), first)
+
+
+def test_one_projector_in_several_threads() -> None:
+    projector = SparseProjector(40000, 64, backend="native")
+    x = gradients(2, 40000)
+    alone = SparseProjector(40000, 64, backend="native")
+    wanted = [alone.project(x, model_id=i) for i in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        ids = [0, 1, 2] * 8
+        found = list(pool.map(lambda i: projector.project(x, model_id=i), ids))
+    for i, rows in zip(ids, found, strict=True):
+        assert torch.equal(rows, wanted[i])
+    assert projector._plans.bytes == alone._plans.bytes
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -218,6 +321,11 @@ class Exhausted:
 
     def trak_dense(self, task: object) -> int:
         return 1
+
+    trak_sparse = trak_dense
+
+    def trak_sparse_plan_bytes(self, task: object) -> int:
+        return 8
 
 
 def test_out_of_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

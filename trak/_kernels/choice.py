@@ -17,6 +17,7 @@ from typing import Final, Protocol, cast, runtime_checkable
 import torch
 from torch import Tensor
 
+from trak._kernels.plans import PlanCache
 from trak._kernels.torch_segments import dense_segments_into, sparse_segments_into
 from trak._signs import Key, block_sizes, stream_key
 from trak.errors import BackendError, BackendWarning, UnknownNameError
@@ -28,6 +29,8 @@ VARIABLE: Final = "TRAK_BACKEND"
 _ROWS, _COLUMNS, _OUTPUTS, _NONZEROS, _OFFSET = 5, 1031, 45, 2, 77
 # Coordinates that are sketched first: so few may have kernels of their own.
 _FEW: Final = 300
+# More than any back end keeps of so small an input.
+_PLAN_BYTES: Final = 2**20
 
 
 class Backend(str, Enum):
@@ -54,9 +57,19 @@ class Kernels(Protocol):
         """Say why it cannot run on a device; None where it can."""
 
     def sparse_into(
-        self, out: Tensor, x: Tensor, key: Key, offset: int, sizes: tuple[int, ...]
+        self,
+        out: Tensor,
+        x: Tensor,
+        key: Key,
+        offset: int,
+        sizes: tuple[int, ...],
+        plans: PlanCache | None = None,
     ) -> None:
-        """Add the sparse sketch of coordinates ``offset..offset + k``."""
+        """Add the sparse sketch of coordinates ``offset..offset + k``.
+
+        What it draws may be kept in ``plans``, for later calls with the same
+        coordinates.
+        """
 
     def dense_into(self, out: Tensor, x: Tensor, key: Key, offset: int) -> None:
         """Add the sketch by random signs of coordinates ``offset..offset + k``."""
@@ -216,19 +229,22 @@ def prove(kernels: Kernels, device: torch.device) -> str | None:
     sparse, dense = wide.clone(), wide.clone()
     sparse_segments_into(sparse, x, rows, starts, key, sizes)
     dense_segments_into(dense, x, rows, starts, key, "rademacher")
-    found = [torch.zeros_like(wide, dtype=torch.float32) for _ in range(4)]
+    found = [torch.zeros_like(wide, dtype=torch.float32) for _ in range(5)]
+    plans = PlanCache(_PLAN_BYTES)
     try:
         kernels.sparse_into(found[0], x[:, :_FEW], key, _OFFSET, sizes)
         kernels.sparse_into(found[0], x[:, _FEW:], key, _OFFSET + _FEW, sizes)
         kernels.sparse_segments_into(found[1], x, rows, starts, key, sizes)
         kernels.dense_into(found[2], x, key, _OFFSET)
         kernels.dense_segments_into(found[3], x, rows, starts, key)
+        for _ in range(2):
+            kernels.sparse_into(found[4].zero_(), x, key, _OFFSET, sizes, plans)
     except (RuntimeError, TypeError, ValueError, OSError, MemoryError) as error:
         return f"they fail on a small input ({type(error).__name__}: {error})"
     for name, sketch, expected in zip(
-        ("sparse", "sparse segment", "dense", "dense segment"),
+        ("sparse", "sparse segment", "dense", "dense segment", "second sparse"),
         found,
-        (sparse, sparse, dense, dense),
+        (sparse, sparse, dense, dense, sparse),
         strict=True,
     ):
         distance = float(

@@ -29,10 +29,9 @@ typedef uint16_t NAME(halves) __attribute__((vector_size(VECTOR), may_alias));
 #define SIGN ((WORD)1 << (BITS - 1))
 #define FN static TARGET
 #define INLINE static inline TARGET __attribute__((always_inline))
-/* Vectors of outputs of a row that are summed together, for one row and for ROWS. */
-#define TALL 4
-#define WIDE (ROWS > 2 ? 2 : TALL)
-#define TILE (TALL * LANES)
+/* Vectors of outputs of a row that are summed together: of small blocks, and of others. */
+#define FEW 2
+#define MANY 4
 
 /* Copy numbers of one row, of any type and stride, to consecutive REALs. */
 FN void NAME(load)(REAL *restrict to, const struct grads *g, num row, num first, num n) {
@@ -141,13 +140,15 @@ struct NAME(space) {
   uint32_t *bits, *rotations; /* of the chunks of a super-block, in every block */
   num chunks, bits_stride;    /* their number, and words of a chunk's signs */
   REAL *x, *acc;
+  num tile;   /* outputs that are summed together */
   num stride; /* numbers of a chunk, and of a block's sums */
   num bytes;
 };
 
 static struct NAME(space) NAME(spaces)(const struct sparse *job, char *memory) {
-  struct NAME(space) s = {.stride = (job->m + 2 * TILE - 1) / TILE * TILE,
+  struct NAME(space) s = {.tile = (job->m > FEW * LANES ? MANY : FEW) * LANES,
                           .bits_stride = sign_words(job)};
+  s.stride = (parts_of(job->m, s.tile) + 1) * s.tile;
   const num m = job->m, n = job->super;
   const num draws = job->blocks * (n * m / 128 + 2 + n / 4 + 2) + DRAWS;
   s.words = take(memory, &s.bytes, job->is_drawn ? 0 : 16 * draws);
@@ -158,14 +159,14 @@ static struct NAME(space) NAME(spaces)(const struct sparse *job, char *memory) {
 }
 
 /* Copy a chunk of one row, zero outside the gradient, and continue it cyclically. */
-FN void NAME(load_chunk)(REAL *restrict to, const struct sparse *job, num row,
-                         num chunk) {
+FN void NAME(load_chunk)(REAL *restrict to, const struct sparse *job, num tile,
+                         num row, num chunk) {
   const num m = job->m, begin = chunk * m - job->offset;
   const num lo = larger(0, -begin), hi = smaller(m, job->k - begin);
   for (num i = 0; i < lo; i++) to[i] = 0;
   NAME(load)(to + lo, &job->grads, row, begin + lo, hi - lo);
   for (num i = hi; i < m; i++) to[i] = 0;
-  for (num i = 0; i < TILE; i++) to[m + i] = to[i];
+  for (num i = 0; i < tile; i++) to[m + i] = to[i];
 }
 
 /* Ask for a part of the numbers that the next panel will be loaded from, while there is
@@ -181,16 +182,15 @@ INLINE void NAME(ask)(const struct ahead *ahead, num part, int rows) {
    one block's sums; an output is summed in a register. */
 INLINE void NAME(gather)(const struct sparse *job, const struct NAME(space) *s,
                          num block, num at, num n, const int rows,
-                         const struct ahead *ahead) {
+                         const int vectors, const struct ahead *ahead) {
   const num stride = s->stride, m = job->m;
   const uint32_t *by = s->rotations + block * s->chunks + at;
   const uint32_t *bits = s->bits + (block * s->chunks + at) * s->bits_stride;
   REAL *restrict acc = s->acc + block * stride;
-  const int vectors = rows == 1 ? TALL : WIDE;
   num part = block * parts_of(m, vectors * LANES);
   for (num d = 0; d < m; d += vectors * LANES) {
-    VEC sum[ROWS][TALL] = {};
-    UVEC lanes[TALL];
+    VEC sum[ROWS][MANY] = {};
+    UVEC lanes[MANY];
     for (int t = 0; t < vectors; t++)
       lanes[t] = NAME(lanes)((d & 31) + (t * LANES & 31));
     NAME(ask)(ahead, part++, rows);
@@ -214,9 +214,10 @@ INLINE void NAME(gather)(const struct sparse *job, const struct NAME(space) *s,
 
 /* Sum chunks first..last of `rows` rows into s->acc. */
 INLINE void NAME(sum_rows)(const struct sparse *job, const struct NAME(space) *s,
-                           num row, const int rows, num first, num last) {
+                           num row, const int rows, const int vectors, num first,
+                           num last) {
   const struct grads *g = &job->grads;
-  const num parts = job->blocks * parts_of(job->m, (rows == 1 ? TALL : WIDE) * LANES);
+  const num parts = job->blocks * parts_of(job->m, vectors * LANES);
   memset(s->acc, 0, sizeof(REAL) * (size_t)(rows * job->blocks * s->stride));
   for (num c = first; c < last; c += job->panel) {
     const num n = smaller(job->panel, last - c);
@@ -230,20 +231,26 @@ INLINE void NAME(sum_rows)(const struct sparse *job, const struct NAME(space) *s
     };
     for (num i = 0; i < n; i++)
       for (int j = 0; j < rows; j++)
-        NAME(load_chunk)(s->x + (i * rows + j) * s->stride, job, row + j, c + i);
+        NAME(load_chunk)(s->x + (i * rows + j) * s->stride, job, s->tile, row + j, c + i);
     for (num r = 0; r < job->blocks; r++)
-      NAME(gather)(job, s, r, c - first, n, rows, &ahead);
+      NAME(gather)(job, s, r, c - first, n, rows, vectors, &ahead);
   }
 }
 
 FN void NAME(sum_many)(const struct sparse *job, const struct NAME(space) *s, num row,
                        num first, num last) {
-  NAME(sum_rows)(job, s, row, ROWS, first, last);
+  if (s->tile > FEW * LANES && ROWS <= 2)
+    NAME(sum_rows)(job, s, row, ROWS, MANY, first, last);
+  else /* there are no registers for more */
+    NAME(sum_rows)(job, s, row, ROWS, FEW, first, last);
 }
 
 FN void NAME(sum_one)(const struct sparse *job, const struct NAME(space) *s, num row,
                       num first, num last) {
-  NAME(sum_rows)(job, s, row, 1, first, last);
+  if (s->tile > FEW * LANES)
+    NAME(sum_rows)(job, s, row, 1, MANY, first, last);
+  else
+    NAME(sum_rows)(job, s, row, 1, FEW, first, last);
 }
 
 /* Add s->acc to the outputs of `rows` rows. */
@@ -299,53 +306,7 @@ FN void NAME(sparse_share)(void *argument, char *memory, num index, num count) {
   }
 }
 
-/* Add signed numbers to consecutive outputs. */
-FN void NAME(add_run)(REAL *restrict out, const REAL *restrict x, num n,
-                      const uint32_t *words, num bit, REAL scale) {
-  const UVEC first = NAME(lanes)(0);
-  num i = 0;
-  for (; i + LANES <= n; i += LANES) {
-    const UVEC flip = NAME(flips)(bits_at(words, bit + i), first) & SIGN;
-    *(AVEC *)(out + i) += scale * (VEC)((UVEC) * (const AVEC *)(x + i) ^ flip);
-  }
-  for (; i < n; i++) {
-    const num at = bit + i;
-    out[i] += scale * (words[at >> 5] >> (at & 31) & 1 ? -x[i] : x[i]);
-  }
-}
-
-/* Add coordinates start..start+n of one row to its sketch. */
-FN void NAME(scatter)(REAL *out, const REAL *x, num n, num start,
-                      const struct sparse *job, const struct plan *plan) {
-  const num m = job->m;
-  const REAL scale = (REAL)job->scale;
-  for (num r = 0; r < job->blocks; r++, out += m) {
-    const uint32_t *words = block_signs(plan, r);
-    for (num i = 0; i < n;) {
-      const num chunk = (start + i) / m, inside = (start + i) % m;
-      const num by = rotation(plan, r, chunk, m);
-      const num to = inside + by < m ? inside + by : inside + by - m;
-      const num run = smaller(smaller(m - inside, m - to), n - i);
-      NAME(add_run)(out + to, x + i, run, words, start + i - plan->start, scale);
-      i += run;
-    }
-  }
-}
-
-/* The sketch of few chunks, which needs no sums of its own. */
-FN void NAME(small_share)(void *argument, char *memory, num index, num count) {
-  const struct sparse *job = argument;
-  num used = 0;
-  REAL *x = take(memory, &used, (num)sizeof(REAL) * job->k);
-  uint32_t *words = take(memory, &used, 0);
-  const struct plan plan =
-      NAME(draw)(words, job, job->offset, job->offset + job->k);
-  for (num row = 0; row < job->b; row++) {
-    NAME(load)(x, &job->grads, row, 0, job->k);
-    NAME(scatter)((REAL *)job->out + row * job->out_stride + job->column, x, job->k,
-                  job->offset, job, &plan);
-  }
-}
+#include "native_scatter.h"
 
 FN int NAME(sparse)(struct sparse *job, num threads) {
   const num chunks = (job->k + job->m - 1) / job->m + 1;
@@ -356,40 +317,6 @@ FN int NAME(sparse)(struct sparse *job, num threads) {
   }
   return run_shares(NAME(sparse_share), job, smaller(threads, chunks / job->super + 1),
                     NAME(spaces)(job, NULL).bytes);
-}
-
-/* Share `index` of the segments: those of its share of the sketch's rows. */
-FN void NAME(segments_share)(void *argument, char *memory, num index, num count) {
-  const struct segments *all = argument;
-  const struct task *task = all->task;
-  const num low = task->out_rows * index / count;
-  const num high = task->out_rows * (index + 1) / count;
-  num used = 0;
-  REAL *x = take(memory, &used, (num)sizeof(REAL) * task->columns);
-  uint32_t *words = take(memory, &used, 0);
-  for (num i = 0; i < task->rows; i++) {
-    const num row = task->examples[i], start = task->positions[i];
-    if (row < low || row >= high) continue;
-    NAME(load)(x, &all->jobs[0].grads, i, 0, task->columns);
-    for (int k = 0; k < all->kinds; k++) {
-      const struct sparse *job = &all->jobs[k];
-      const struct plan plan = NAME(draw)(words, job, start, start + task->columns);
-      REAL *out = (REAL *)job->out + row * job->out_stride + job->column;
-      NAME(scatter)(out, x, task->columns, start, job, &plan);
-    }
-  }
-}
-
-FN int NAME(sparse_segments)(struct segments *all, num threads) {
-  num draws = 0;
-  for (int k = 0; k < all->kinds; k++) {
-    const struct sparse *job = &all->jobs[k];
-    const num each = all->task->columns / 128 + all->task->columns / job->m / 4 + 6;
-    draws = larger(draws, job->blocks * each + DRAWS);
-  }
-  const num bytes = (num)sizeof(REAL) * all->task->columns + 64 + 16 * draws;
-  return run_shares(NAME(segments_share), all, smaller(threads, all->task->out_rows),
-                    bytes);
 }
 
 #include "native_dense.h"

@@ -23,7 +23,13 @@ from trak._kernels.plans import PlanCache
 from trak._signs import Key
 from trak.errors import BackendError
 
-SOURCES: Final = ("native.c", "native.h", "native_dense.h", "native_variants.h")
+SOURCES: Final = (
+    "native.c",
+    "native.h",
+    "native_dense.h",
+    "native_scatter.h",
+    "native_variants.h",
+)
 """What the library is compiled from; ``setup.py`` puts their digest into it."""
 
 _LIBRARY: Final = "_native.so"
@@ -266,7 +272,7 @@ def _run(
         variant=library.trak_best_variant() if chosen is None else chosen,
         scale=math.sqrt(out.shape[1] / max(1, blocks)),
     )
-    plan = None if plans is None else _take_plan(library, plans, task)
+    plan = None if plans is None else _take_plan(plans, task)
     if getattr(library, kernel)(ctypes.byref(task)):
         raise MemoryError(
             f"the native kernels found no memory to sketch gradients of shape "
@@ -276,7 +282,7 @@ def _run(
         plans.keep(_address_of_plan(task), plan, plan.nbytes)
 
 
-def _take_plan(library: ctypes.CDLL, plans: PlanCache, task: _Task) -> Tensor | None:
+def _take_plan(plans: PlanCache, task: _Task) -> Tensor | None:
     """Give a sparse sketch its plan, or the memory for one that is worth keeping.
 
     Returns:
@@ -285,7 +291,7 @@ def _take_plan(library: ctypes.CDLL, plans: PlanCache, task: _Task) -> Tensor | 
     plan: Tensor | None = plans.get(_address_of_plan(task))
     task.is_drawn = plan is not None
     if plan is None:
-        size = library.trak_sparse_plan_bytes(ctypes.byref(task))
+        size = _library().trak_sparse_plan_bytes(ctypes.byref(task))
         if size == 0 or not plans.has_room(size):
             return None
         plan = torch.empty(size, dtype=torch.uint8, device="cpu")

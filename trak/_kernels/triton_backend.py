@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trak._kernels.plans import PlanCache
 from trak._signs import Key
 from trak.errors import BackendError
 
@@ -54,6 +55,7 @@ def sparse_into(
     key: Key,
     offset: int,
     sizes: tuple[int, ...],
+    plans: PlanCache | None = None,
 ) -> None:
     """Add the sparse sketch of some coordinates of one parameter.
 
@@ -64,6 +66,7 @@ def sparse_into(
         key: The stream's key.
         offset: Position of the first column in the parameter.
         sizes: Outputs of each block.
+        plans: Nothing is kept: a GPU draws signs in less time than it waits for rows.
 
     Raises:
         BackendError: If triton cannot compile or launch the kernels.

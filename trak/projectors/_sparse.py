@@ -120,8 +120,8 @@ class SparseProjector(AdditiveProjector):
         if backend is Backend.native:
             outputs = self._sizes[0]
             chunks = self.nonzeros * -(-self.grad_dim // outputs)
-            # Of a chunk, a bit for each sign and two words; no plan is kept at first.
-            return result + min(_CACHE_BYTES, 4 * chunks * (outputs // 32 + 2))
+            # Of a chunk, a bit for each sign, in pairs of words, and one for a rotation.
+            return result + min(_CACHE_BYTES, 4 * chunks * (-(-outputs // 64) * 2 + 1))
         if backend is not Backend.torch:
             return result
         rows = min(batch_size, _ROWS.get(self.device.type, _ROWS_ELSEWHERE))
