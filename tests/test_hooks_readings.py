@@ -212,7 +212,7 @@ def test_a_model_that_sorts_is_noticed_on_a_later_batch() -> None:
     model = randomize(Sorted()).float()
     task = resolve_task("image_classification")
     engine = HookGradientComputer(model, task)
-    x, y = draw(0, 6, 4).float(), classes(1, 6, 3)
+    x, y = draw(6, 4).float(), classes(6)
     in_order = x[x.sum(1).argsort()]
     for _ in range(7):
         engine.compute_per_sample_grad((in_order, y))
@@ -222,10 +222,12 @@ def test_a_model_that_sorts_is_noticed_on_a_later_batch() -> None:
 
 
 def test_later_checks_leave_a_right_engine_alone() -> None:
-    model = randomize(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))).float()
+    model = randomize(
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    ).float()
     engine = HookGradientComputer(model, resolve_task("image_classification"))
     for seed in range(40):
-        x, y = draw(seed, 9, 4).float(), classes(seed, 9, 3)
+        x, y = draw(9, 4, seed=seed).float(), classes(9, seed=seed)
         if seed % 5 == 0:
             x[3] = torch.inf
         engine.compute_per_sample_grad((x, y))
