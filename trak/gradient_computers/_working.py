@@ -50,9 +50,11 @@ def working_bytes(
         (size for name, size in sizes.items() if name not in whole), default=0
     )
     if largest:
-        # All of a parameter's gradients; or a piece of them, and the one before it.
+        # All of a parameter's gradients; or a piece of them, and what it is made from.
         pieces = min(batch_size * largest, 2 * max(block_bytes, largest))
-        # Some examples are first compared with autograd: one gradient of all, copied.
-        proof = 2 * sum(sizes.values()) + min(batch_size, EXAMPLES) * activations
+        # Some examples are first compared with autograd: one gradient of all parameters,
+        # copied one by one, and then a batch of these examples.
+        few = min(batch_size, EXAMPLES) * activations + pieces
+        proof = sum(sizes.values()) + max(*sizes.values(), few)
         found = max(found, batch_size * activations + pieces, proof)
     return found
