@@ -316,8 +316,12 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 def _threads(additions: int) -> int:
-    """Return how many threads are worth starting: each costs some microseconds."""
-    return max(1, min(torch.get_num_threads(), additions >> 20))
+    """Return how many threads are worth starting.
+
+    Those of torch spin for a while after each of its operations and keep the processors
+    busy, so another thread pays only where it works for several milliseconds.
+    """
+    return max(1, min(torch.get_num_threads(), additions >> 24))
 
 
 def _library() -> ctypes.CDLL:
