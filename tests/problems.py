@@ -19,6 +19,9 @@ from trak.projectors import AbstractProjector, SparseProjector
 
 Checkpoint = dict[str, Tensor]
 
+AUTO = (0.25, 0.25)
+"""Exponents of classification where the damping is chosen by the library."""
+
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
@@ -72,10 +75,15 @@ class Problem:
         return 1 - chances[torch.arange(self.n), self.labels(self.train)]
 
     def expected(
-        self, projector: AbstractProjector, lambda_reg: float | str = "auto"
+        self,
+        projector: AbstractProjector,
+        lambda_reg: float | str = "auto",
+        exponents: tuple[float, float] | None = None,
     ) -> Tensor:
         """The scores, by the oracle: (n, m)."""
-        return reference.trak(*self.parts(projector), lambda_reg)
+        if exponents is None:
+            exponents = AUTO if lambda_reg == "auto" else (0.0, 1.0)
+        return reference.trak(*self.parts(projector), lambda_reg, exponents)
 
     def parts(
         self, projector: AbstractProjector

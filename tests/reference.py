@@ -57,10 +57,17 @@ def trak(
     targets: Sequence[Tensor],
     out_to_loss: Sequence[Tensor],
     lambda_reg: float | str = "auto",
+    exponents: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """Mean over checkpoints of X (X'X + λI)^-1 φ, times the mean of Q: (n, m)."""
-    total = sum(
-        x @ ridge_inverse(x, lambda_reg) @ phi.T
-        for x, phi in zip(features, targets, strict=True)
-    )
-    return total / len(features) * (sum(out_to_loss) / len(out_to_loss))[:, None]
+    """sign(Q)|Q|^b, Q the mean, times the mean of X~ (X~'X~ + λI)^-1 φ, with X~ = |Q|^a X.
+
+    Shape (n, m).
+    """
+    a, b = exponents
+    total = torch.zeros(len(features[0]), len(targets[0]), dtype=torch.float64)
+    for x, phi, q in zip(features, targets, out_to_loss, strict=True):
+        rows = q.abs()[:, None] ** a * x
+        total += rows @ ridge_inverse(rows, lambda_reg) @ phi.T
+    mean = sum(out_to_loss) / len(out_to_loss)
+    sign = torch.where(mean < 0, -1.0, 1.0)
+    return (sign * mean.abs() ** b)[:, None] * total / len(features)

@@ -56,7 +56,7 @@ def scores(parts: list[Counted], shape: Shape) -> Tensor:
 
 def expected(parts: list[Counted], n: int) -> Tensor:
     xs, phis = [part.x for part in parts], [part.phi for part in parts]
-    return reference.trak(xs, phis, [torch.ones(n).double()], 0.5)
+    return reference.trak(xs, phis, len(xs) * [torch.ones(n).double()], 0.5)
 
 
 @pytest.mark.parametrize("kept", [0, 1 << 30])

@@ -11,12 +11,17 @@ import torch
 from tests import reference
 from tests.problems import assert_scores, draw
 from trak import _memory
-from trak._finalizing import FeatureReport, fit, read_reports, report, write_features
+from trak._finalizing import (
+    FeatureReport,
+    check_out_to_loss,
+    fit,
+    read_reports,
+    report,
+    write_features,
+)
 from trak._layout import DONE, SKIPPED
 from trak.errors import TaskError
 from trak.score_computers import BasicScoreComputer
-
-CPU = torch.device("cpu")
 
 
 def rows(n: int, p: int) -> dict[str, Any]:
@@ -32,8 +37,9 @@ def rows(n: int, p: int) -> dict[str, Any]:
 def test_features(monkeypatch: pytest.MonkeyPatch, n: int, p: int, tile: int) -> None:
     monkeypatch.setattr(_memory, "TILE", tile)
     store, array = rows(n, p), np.zeros((n, p), "float32")
-    _, kernel = fit(BasicScoreComputer(), store, n, p)
-    write_features(kernel, store, array, n, p, CPU)
+    computer = BasicScoreComputer()
+    _, kernel = fit(computer, store, n, p)
+    write_features(computer, kernel, store, array, n, p)
     x = draw(n, p)
     assert_scores(torch.from_numpy(array), x @ reference.ridge_inverse(x, "auto"))
 
@@ -73,6 +79,5 @@ def test_a_report_of_a_store_without_flags() -> None:
 
 def test_no_weight_at_all() -> None:
     store = {**rows(6, 4), "out_to_loss": np.zeros((6, 1), "float32")}
-    _, kernel = fit(BasicScoreComputer(), store, 6, 4)
     with pytest.raises(TaskError, match="all 6 training examples is exactly zero"):
-        report(store, kernel, 6, 4)
+        check_out_to_loss(store, 6)

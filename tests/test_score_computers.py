@@ -83,7 +83,7 @@ def test_blocks_are_the_textbook_formula(
     computer = BasicScoreComputer(lambda_reg=lambda_reg)
     sides = [side(computer, x, phi) for x, phi in zip(xs, phis, strict=True)]
     found = assembled(computer.score_blocks(sides, weights, n, 5, p), n, 5)
-    assert_scores(found, reference.trak(xs, phis, [weights], lambda_reg), 1e-3)
+    assert_scores(found, reference.trak(xs, phis, 2 * [weights], lambda_reg), 1e-3)
     for x, one in zip(xs, sides, strict=True):
         influence = (x @ reference.ridge_inverse(x, lambda_reg) * x).sum(1)
         assert_scores(computer.self_influence(one, n, p), influence, 1e-3)
@@ -133,9 +133,14 @@ def test_which_computers_are_blocked() -> None:
     assert as_blocked(BasicSingleBlockScoreComputer()) is None
 
 
-def test_descriptions_tell_class_and_damping() -> None:
+def test_descriptions_tell_class_damping_and_exponents() -> None:
     assert describe(BasicScoreComputer()) == "BasicScoreComputer, lambda_reg='auto'"
     assert describe(BasicScoreComputer(lambda_reg=0.5)).endswith("lambda_reg=0.5")
+    assert describe(BasicScoreComputer(exponents=(0, 0.5))).endswith("'auto'")
+    weighted = BasicScoreComputer(exponents=(0.25, 0.5))
+    assert describe(weighted).endswith("lambda_reg='auto', exponents=(0.25, ...)")
+    text = "lambda_reg='auto', exponents=(0.25, 0.5)"
+    assert describe(weighted, scores=True).endswith(text)
     assert BasicScoreComputer(lambda_reg=0.5).damping.lambda_reg == 0.5
 
 

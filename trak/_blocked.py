@@ -37,6 +37,13 @@ KEPT = 1 << 30
 """Bytes of factors that are kept when targets are too many to be solved for at once."""
 
 
+CANCELLED = 1e-6
+"""Difference from 1 below which a float64 has less than ten digits of it."""
+
+EPSILON = 2.0**-1022
+"""The smallest number of full precision, so that nothing is divided by 0."""
+
+
 @dataclass(frozen=True, slots=True)
 class Side:
     """One checkpoint's part in the scores: where its rows are, and its kernel."""
@@ -201,35 +208,64 @@ def _products(
     return torch.cat([part for _, _, parts in found for part in parts])
 
 
-def self_influence(side: Side, kernel: Kernel, shape: Shape) -> Float64[Tensor, " n"]:
-    r"""Compute :math:`\phi_i^\top (X^\top X + \lambda I)^{-1} \phi_i` for all rows.
+def self_influence(
+    side: Side,
+    kernel: Kernel,
+    shape: Shape,
+    weights: Float64[Tensor, " n"] | None = None,
+) -> Float64[Tensor, " n"]:
+    r"""Compute :math:`w_i \phi_i^\top (X^\top X + \lambda I)^{-1} \phi_i` for all rows.
 
     With :math:`M M^\top` the inverse it is the squared length of :math:`M^\top \phi_i`;
     ``M`` is triangular, so that costs as much as the Gram matrix.
 
     Args:
-        side: The checkpoint; its targets are not read.
+        side: The checkpoint; its targets are the rows before they were weighted.
         kernel: Its damped Gram matrix.
         shape: The sizes.
+        weights: What each row of ``side.train`` is multiplied with; None for 1.
 
     Returns:
-        Each training example's score on itself, before the out-to-loss weight. Shape
+        Each training example's score on itself, before the weight on the result. Shape
         ``(n,)``.
     """
     if shape.is_dual:
-        # XX'(XX' + λI)⁻¹ = I - λ(XX' + λI)⁻¹ and, undamped, the projection on its range.
-        if isinstance(kernel, PseudoInverseKernel):
-            return kernel.vectors.square().sum(dim=1)
-        return 1 - kernel.ridge * kernel.root().square().sum(dim=1)
+        return _dual_self_influence(side, kernel, shape, weights)
     root = kernel.root().float()
 
     def make(_low: int, _high: int, parts: Iterator[Tensor]) -> Tensor:
         (rows,) = parts
         return squared_lengths(rows, root)
 
+    source = side.train if weights is None else side.targets
     height = read_height(shape.p)
-    found = over_rows([side.train], shape.n, height, make, "the self-influence")
-    return torch.cat([lengths for _, _, lengths in found])
+    found = over_rows([source], shape.n, height, make, "the self-influence")
+    lengths = torch.cat([part for _, _, part in found])
+    return lengths if weights is None else lengths * weights
+
+
+def _dual_self_influence(
+    side: Side, kernel: Kernel, shape: Shape, weights: Float64[Tensor, " n"] | None
+) -> Float64[Tensor, " n"]:
+    # XX'(XX' + λI)⁻¹ = I - λ(XX' + λI)⁻¹ and, undamped, the projection on its range.
+    if isinstance(kernel, PseudoInverseKernel):
+        values = kernel.vectors.square().sum(dim=1)
+    else:
+        values = 1 - kernel.ridge * kernel.root().square().sum(dim=1)
+    if weights is None:
+        return values
+    # A weight of 0 makes a row of zeros, and 0 of every score.
+    values = torch.where(weights > 0, values / weights.clamp(min=EPSILON), 0.0)
+    if isinstance(kernel, PseudoInverseKernel):
+        return values
+    # Of rows that are next to nothing beside λ, the difference has no digits left.
+    lost = ((values * weights < CANCELLED) & (weights > 0)).nonzero()[:, 0]
+    for low, high in spans(len(lost), solve_width(shape.p)):
+        part = lost[low:high]
+        rows = torch.cat([side.targets(i, i + 1) for i in part.tolist()])
+        solved = kernel.solve(_products(side.train, rows.T, shape))
+        values[part] = solved[part, torch.arange(len(part), device=part.device)]
+    return values
 
 
 def squared_lengths(

@@ -15,6 +15,7 @@ from trak._batches import batch_size as size_of
 from trak._batches import canonical, check_device, row_leaves
 from trak._estimate_table import Estimate, Stage
 from trak._finalizing import FeatureReport
+from trak._layout import ROW_EXPONENT
 from trak._options import parse_options, positive
 from trak._pipeline import Pipeline
 from trak._probes import (
@@ -92,6 +93,7 @@ def estimate(
     projector: Any = None,
     score_computer: Any = None,
     lambda_reg: float | str = "auto",
+    exponents: tuple[float, float] | None = None,
 ) -> Estimate:
     """Estimate the space and time of every stage, before any work.
 
@@ -119,6 +121,7 @@ def estimate(
         projector: As in :class:`TRAKer`.
         score_computer: As in :class:`TRAKer`.
         lambda_reg: As in :class:`TRAKer`.
+        exponents: As in :class:`TRAKer`.
 
     Returns:
         The estimate. Sizes on disk are exact up to some digits in records, memory and
@@ -144,7 +147,12 @@ def estimate(
     )
     given = gradient_computer, projector, score_computer
     parts = build_parts(
-        model, task, options, *given, logging.getLogger("ScoreComputer").level
+        model,
+        task,
+        options,
+        *given,
+        logging.getLogger("ScoreComputer").level,
+        exponents,
     )
     return estimate_parts(
         parts, None, num_targets, num_checkpoints, batch, batch_size, k
@@ -304,19 +312,23 @@ def _score_costs(parts: Parts, sizes: Sizes) -> tuple[Cost, Cost, Cost]:
 
 def _files(parts: Parts, sizes: Sizes) -> StoreSizes:
     n, p = sizes.n, parts.proj_dim
-    blocked = as_blocked(parts.score_computer) is not None
-    finalized: dict[str, Any] = {"finalized_with": describe(parts.score_computer)}
-    if blocked:
+    computer = parts.score_computer
+    finalized: dict[str, Any] = {"finalized_with": describe(computer)}
+    derived = "features"
+    if as_blocked(computer) is not None:
         third = 1 / 3  # as long as most numbers are
         solve, dtype = "primal", "float16"
         report = FeatureReport(n, p, solve, third, third, 0, 0, third, dtype)
+        power = finalized[ROW_EXPONENT] = parts.exponents.rows
         finalized["report"] = report.as_dict()
+        derived = "weighted_gram" if power else "gram"
     return store_sizes(
         parts.options.save_dir,
         store_metadata(parts),
         finalized,
         half=parts.options.use_half_precision,
-        derived="gram" if blocked else "features",
+        derived=derived,
+        scored_with=describe(computer, scores=True),
         num_targets=sizes.m,
         num_checkpoints=sizes.c,
         exp_name="default",

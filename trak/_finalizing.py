@@ -17,7 +17,7 @@ from trak._featurizing import Store
 from trak._layout import SKIPPED
 from trak._linalg import Kernel, spans
 from trak._memory import read_height
-from trak._reading import ZeroRows, read_rows
+from trak._reading import StoredRows, ZeroRows, read_rows
 from trak.errors import TaskError
 from trak.score_computers import BasicScoreComputer
 
@@ -83,6 +83,9 @@ def fit(
 ) -> tuple[Float64[Tensor, "q q"], Kernel]:
     """Compute, or read, a checkpoint's Gram matrix, and factor it.
 
+    It is that of the rows weighted with the computer's first exponent. A ``gram`` among
+    the arrays must be as well.
+
     Args:
         computer: What computes.
         store: The checkpoint's arrays.
@@ -96,8 +99,43 @@ def fit(
     if "gram" in store:
         gram = torch.from_numpy(np.array(store["gram"])).to(computer.device)
     else:
-        gram = computer.gram(read_rows(store, "", computer.device, zeros), n, p)
+        gram = computer.gram(train_rows(computer, store, computer.device, zeros), n, p)
     return gram, computer.kernel(gram, n, p)
+
+
+def train_rows(
+    computer: BasicScoreComputer,
+    store: Store,
+    device: torch.device,
+    look: ZeroRows | None = None,
+) -> StoredRows:
+    """Make a reader of a checkpoint's rows, weighted with the first exponent.
+
+    Args:
+        computer: What has the exponents.
+        store: The checkpoint's arrays.
+        device: Where the rows are wanted.
+        look: Takes note of rows that are zero, before they are weighted.
+
+    Returns:
+        The reader.
+    """
+    weights = computer.exponents.row_weights(store["out_to_loss"])
+    return read_rows(store, "", device, look, weights)
+
+
+def check_out_to_loss(store: Store, n: int) -> None:
+    """Refuse a checkpoint on which every score would be zero.
+
+    Raises:
+        TaskError: If every out-to-loss weight is.
+    """
+    if not np.asarray(store["out_to_loss"]).any():
+        raise TaskError(
+            f"The out-to-loss gradient of all {n} training examples is exactly zero, so "
+            f"every score would be. Is the model fitted to the last bit, or the task's "
+            f"get_out_to_loss_grad wrong?"
+        )
 
 
 def report(
@@ -115,9 +153,6 @@ def report(
 
     Returns:
         The report.
-
-    Raises:
-        TaskError: If every out-to-loss weight is zero, so every score would be.
     """
     if zeros is None or not zeros.is_complete:
         zeros = ZeroRows(n)
@@ -125,12 +160,6 @@ def report(
         for low, high in spans(n, read_height(p)):
             read(low, high)
     weights = np.abs(np.asarray(store["out_to_loss"], dtype=np.float64))
-    if not weights.any():
-        raise TaskError(
-            f"The out-to-loss gradient of all {n} training examples is exactly zero, so "
-            f"every score would be. Is the model fitted to the last bit, or the task's "
-            f"get_out_to_loss_grad wrong?"
-        )
     flags = store.get("is_featurized")
     skipped = 0 if flags is None else int((np.asarray(flags) == SKIPPED).sum())
     return FeatureReport(
@@ -158,16 +187,22 @@ def read_reports(
 
 
 def write_features(
-    kernel: Kernel, store: Store, array: Any, n: int, p: int, device: torch.device
+    computer: BasicScoreComputer,
+    kernel: Kernel,
+    store: Store,
+    array: Any,
+    n: int,
+    p: int,
 ) -> None:
     """Write the features of a checkpoint.
 
     Args:
-        kernel: Its damped Gram matrix, the smaller of the two.
+        computer: What has the exponents, and where to compute.
+        kernel: The checkpoint's damped Gram matrix, the smaller of the two.
         store: Its arrays.
         array: Changed in place. Shape ``(n, p)``.
         n: Number of training examples.
         p: Projected entries.
-        device: Where to compute.
     """
-    write_blocks(kernel, read_rows(store, "", device), array, Shape(n, 0, p, device))
+    rows = train_rows(computer, store, computer.device)
+    write_blocks(kernel, rows, array, Shape(n, 0, p, computer.device))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import io
 import json
 import os
@@ -58,9 +57,14 @@ TRAIN_ARRAYS = {
 
 DERIVED_ARRAYS = {
     "gram": ArraySpec("{model}/gram.mmap", ("q", "q"), "float64"),
+    "weighted_gram": ArraySpec("{model}/weighted_gram.mmap", ("q", "q"), "float64"),
     "features": ArraySpec("{model}/features.mmap", ("n", "p"), "float32"),
 }
-"""Arrays computed from those, present once asked for."""
+"""Arrays computed from those, present once asked for; one Gram matrix, not both."""
+
+ROW_EXPONENT = "row_exponent"
+"""Key of a checkpoint's record: which power of ``out_to_loss`` its Gram matrix's rows
+were multiplied with; ``gram`` is that of power 0."""
 
 TARGET_ARRAYS = {
     "grads": ArraySpec("{model}/{exp}_grads.mmap", ("m", "p"), "store"),
@@ -278,21 +282,6 @@ def create_array(path: Path, shape: tuple[int, int], dtype: str) -> None:
         _publish(temporary, path, replace=False)
 
 
-def label_of(text: str) -> bytes:
-    """Shorten what an array was made with to the 32 bytes that may follow its data."""
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest().encode()
-
-
-def has_label(path: Path, label: bytes) -> bool:
-    """Tell whether a file ends with a label; one that is not there does not."""
-    try:
-        with path.open("rb") as file:
-            file.seek(-len(label), os.SEEK_END)
-            return file.read() == label
-    except OSError:  # not there, or shorter
-        return False
-
-
 @contextlib.contextmanager
 def new_array(
     path: Path, shape: tuple[int, int], dtype: str, label: bytes = b""
@@ -384,14 +373,6 @@ def open_array(
         )
     with writing(path):
         return np.memmap(path, dtype, mode, offset, shape)
-
-
-def holds(place: tuple[Path, tuple[int, int], str], values: np.ndarray) -> bool:
-    """Tell whether an array file is there, whole, and has these values."""
-    try:
-        return np.array_equal(open_array(*place, "r"), values)
-    except (StoreCorruptError, StoreWriteError):
-        return False
 
 
 _REMEDY = "delete what belongs to this checkpoint or experiment, and compute it again."

@@ -40,6 +40,7 @@ class StoredRows:
         exponents: Powers of two, or None. Shape ``(n, 1)``.
         device: Where the rows are wanted.
         look: Is called with ``(low, rows)`` for every block that is read.
+        weights: What each row is multiplied with, after that; None for 1.
     """
 
     def __init__(
@@ -48,11 +49,15 @@ class StoredRows:
         exponents: Any,
         device: torch.device,
         look: Callable[[int, Tensor], None] | None = None,
+        weights: Float32[np.ndarray, " n"] | None = None,
     ) -> None:
         self._array = array
         self._exponents = exponents
         self._device = device
         self._look = look
+        self._weights = None
+        if weights is not None:
+            self._weights = torch.from_numpy(weights).to(device)[:, None]
 
     def __call__(self, low: int, high: int) -> Float32[Tensor, "b p"]:
         """Read rows ``low..high``, into memory of their own."""
@@ -88,6 +93,8 @@ class StoredRows:
                 decode_half(rows[low:high].to(out.device), part, out[low:high])
         if self._look is not None:
             self._look(fetched.low, out)
+        if self._weights is not None:
+            out.mul_(self._weights[fetched.low : fetched.low + len(out)])
 
 
 def read_rows(
@@ -95,6 +102,7 @@ def read_rows(
     prefix: str,
     device: torch.device,
     look: Callable[[int, Tensor], None] | None = None,
+    weights: Float32[np.ndarray, " n"] | None = None,
 ) -> StoredRows:
     """Make a reader of projected gradients.
 
@@ -103,12 +111,13 @@ def read_rows(
         prefix: ``""`` for training rows, ``"{exp}_"`` for targets.
         device: Where the rows are wanted.
         look: Is called with ``(low, rows)`` for every block that is read.
+        weights: What each row is multiplied with, after that; None for 1.
 
     Returns:
         ``read(low, high)``, which gives float32 rows of shape ``(high - low, p)``.
     """
     exponents = store.get(f"{prefix}grads_exponent")
-    return StoredRows(store[f"{prefix}grads"], exponents, device, look)
+    return StoredRows(store[f"{prefix}grads"], exponents, device, look, weights)
 
 
 def read_array(array: Any, device: torch.device) -> StoredRows:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from trak._exponents import PAPER, Exponents, parse_exponents
 from trak._options import Options
 from trak.errors import OptionError, StoreMismatchError
 from trak.gradient_computers import AbstractGradientComputer
@@ -20,7 +22,12 @@ from trak.projectors import (
     default_projector,
 )
 from trak.savers import AbstractSaver, MmapSaver
-from trak.score_computers import AbstractScoreComputer, BasicScoreComputer
+from trak.score_computers import (
+    AbstractScoreComputer,
+    BasicScoreComputer,
+    as_blocked,
+    is_blocked,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +58,12 @@ class Parts:
     logging_level: int
     """Level of the loggers."""
 
+    @property
+    def exponents(self) -> Exponents:
+        """The exponents of the out-to-loss weight that scores are computed with."""
+        blocked = as_blocked(self.score_computer)
+        return PAPER if blocked is None else blocked.exponents
+
 
 def build_parts(
     model: torch.nn.Module,
@@ -60,6 +73,7 @@ def build_parts(
     projector: Any,
     score_computer: Any,
     logging_level: int,
+    exponents: object = None,
 ) -> Parts:
     """Build every part but the saver from what the user gave.
 
@@ -75,7 +89,9 @@ def build_parts(
         built.proj_dim or options.selection.grad_dim,
         build_gradient_computer(gradient_computer, model, resolved, options),
         gradient_computer if isinstance(gradient_computer, type) else None,
-        build_score_computer(score_computer, options, logging_level),
+        build_score_computer(
+            score_computer, options, logging_level, resolved, exponents
+        ),
         logging_level,
     )
 
@@ -158,29 +174,63 @@ def build_projector(given: Any, options: Options) -> AbstractProjector:
 
 
 def build_score_computer(
-    given: Any, options: Options, logging_level: int
+    given: Any,
+    options: Options,
+    logging_level: int,
+    task: AbstractModelOutput,
+    exponents: object,
 ) -> AbstractScoreComputer:
     """Build the score computer from its class, take the instance, or make the default.
 
     Returns:
         The score computer.
+
+    Raises:
+        OptionError: If it cannot use the exponents that were given.
     """
+    wanted = None if exponents is None else parse_exponents(exponents)
     chosen = BasicScoreComputer if given is None else given
     lambda_reg = options.damping.lambda_reg
     own = isinstance(chosen, type) and not issubclass(chosen, BasicScoreComputer)
     if own and lambda_reg == "auto":
         lambda_reg = 0.0  # 0.3.2's default: such a class computes with a number
-    built = _build(
-        "score_computer",
-        chosen,
-        AbstractScoreComputer,
-        dtype=torch.float32,
-        device=options.device,
-        logging_level=logging_level,
-        lambda_reg=lambda_reg,
-    )
+    arguments = {
+        "dtype": torch.float32,
+        "device": options.device,
+        "logging_level": logging_level,
+        "lambda_reg": lambda_reg,
+    }
+    if _takes_exponents(chosen):
+        is_auto = lambda_reg == "auto"
+        known = parse_exponents(task.exponents) if is_auto else PAPER
+        arguments["exponents"] = known if wanted is None else wanted
+    built = _build("score_computer", chosen, AbstractScoreComputer, **arguments)
     result: AbstractScoreComputer = built
+    blocked = as_blocked(result)
+    used = PAPER if blocked is None else blocked.exponents
+    if wanted is not None and wanted != used:
+        raise OptionError(
+            f"exponents={tuple(wanted)}, but {type(result).__name__} computes with "
+            f"{tuple(used)}. Leave exponents out; or use a class whose constructor takes "
+            f"them and that replaces none of get_xtx, get_x_xtx_inv and get_scores, or "
+            f"make the instance with them."
+        )
     return result
+
+
+def _takes_exponents(chosen: Any) -> bool:
+    """Tell whether a class is built with exponents and scored by blocks.
+
+    Returns:
+        Whether it is; not for instances, which have theirs.
+    """
+    if not (isinstance(chosen, type) and is_blocked(chosen)):
+        return False
+    parameters = inspect.signature(chosen).parameters.values()
+    return any(
+        parameter.name == "exponents" or parameter.kind is parameter.VAR_KEYWORD
+        for parameter in parameters
+    )
 
 
 def build_saver(given: Any, parts: Parts) -> AbstractSaver:

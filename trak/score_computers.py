@@ -10,11 +10,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float, Float32, Float64
 from torch import Tensor
 
 from trak._blocked import Block, Shape, Side, score_blocks, self_influence
+from trak._exponents import PAPER, parse_exponents
 from trak._gram import add_gram, gram, mirror
 from trak._linalg import (
     Kernel,
@@ -107,6 +109,11 @@ class BasicScoreComputer(AbstractScoreComputer):
     :math:`(X X^\top + \lambda I)^{-1} X \phi`, so a solve costs ``min(n, p)**3``. The
     solve is on the side of the targets, and no ``(n, p)`` features are made.
 
+    The out-to-loss weight enters twice, by :class:`Exponents <trak._exponents.Exponents>`:
+    the façade multiplies the rows of :math:`X` with :math:`|Q|^a` before they come here,
+    and :meth:`score_blocks` the result with :math:`\operatorname{sign}(\bar Q)
+    |\bar Q|^b`.
+
     Args:
         dtype: Floating-point type of the products; float32 or wider.
         device: Where they run.
@@ -115,6 +122,10 @@ class BasicScoreComputer(AbstractScoreComputer):
         logging_level: Level of its logger.
         lambda_reg: Damping: a number added to the diagonal, ``"auto"`` for one mean
             eigenvalue, ``"pinv"`` for the undamped limit.
+        exponents: The powers ``(a, b)``; ``(0, 1)`` are the paper's.
+
+    Attributes:
+        exponents: The constructor's.
     """
 
     def __init__(
@@ -124,8 +135,11 @@ class BasicScoreComputer(AbstractScoreComputer):
         CUDA_MAX_DIM_SIZE: int = 20_000,  # noqa: N803  0.3.2's name
         logging_level: int = logging.INFO,
         lambda_reg: float | str = "auto",
+        *,
+        exponents: tuple[float, float] = (0.0, 1.0),
     ) -> None:
         super().__init__(dtype, device, logging_level, lambda_reg)
+        self.exponents = parse_exponents(exponents)
         self.CUDA_MAX_DIM_SIZE = CUDA_MAX_DIM_SIZE
         self._damping = parse_damping(lambda_reg)
         self.lambda_reg = self._damping.lambda_reg  # so that 1 and 1.0 are one setting
@@ -224,13 +238,13 @@ class BasicScoreComputer(AbstractScoreComputer):
     ) -> Iterator[Block]:
         r"""Compute the scores in rectangles, summing the checkpoints inside each.
 
-        .. math:: \tau = \frac{1}{C} \sum_c X_c (X_c^\top X_c + \lambda_c I)^{-1}
-                  \phi_c \cdot \bar{Q}
+        .. math:: \tau = \operatorname{sign}(\bar Q) |\bar Q|^b \cdot \frac{1}{C}
+                  \sum_c X_c (X_c^\top X_c + \lambda_c I)^{-1} \phi_c
 
-        (Park et al., 2023, equation 17 without its soft threshold).
+        (Park et al., 2023, equation 17 without its soft threshold, where ``b`` is 1).
 
         Args:
-            sides: The checkpoints.
+            sides: The checkpoints, whose rows are weighted already.
             weight: Mean out-to-loss of every training example. Shape ``(n,)``.
             n: Number of training examples.
             m: Number of targets.
@@ -240,19 +254,28 @@ class BasicScoreComputer(AbstractScoreComputer):
             Blocks that cover the matrix: all rows of some columns, then all rows of the
             next.
         """
-        scale = (weight.double() / len(sides)).float().to(self.device)[:, None]
+        mean = self.exponents.result_weights(weight.double().cpu().numpy())
+        scale = torch.from_numpy(mean / len(sides)).float().to(self.device)[:, None]
         return score_blocks(sides, scale, Shape(n, m, p, self.device))
 
-    def self_influence(self, side: Side, n: int, p: int) -> Float64[Tensor, " n"]:
-        r"""Compute :math:`\phi_i^\top (X^\top X + \lambda I)^{-1} \phi_i` for all rows.
+    def self_influence(
+        self,
+        side: Side,
+        n: int,
+        p: int,
+        row_weights: Float32[np.ndarray, " n"] | None = None,
+    ) -> Float64[Tensor, " n"]:
+        r"""Compute :math:`w_i \phi_i^\top (X^\top X + \lambda I)^{-1} \phi_i` for all rows.
 
         Args:
-            side: A checkpoint with a kernel; its targets are not read.
+            side: A checkpoint with a kernel, whose targets are the rows before weighting.
             n: Number of training examples.
             p: Projected entries.
+            row_weights: What each row was multiplied with, :math:`w_i`; None for 1.
+                Shape ``(n,)``.
 
         Returns:
-            Each training example's score on itself, before the out-to-loss weight.
+            Each training example's score on itself, before the weight on the result.
             Memory is ``min(n, p)**2``. Shape ``(n,)``.
 
         Raises:
@@ -263,7 +286,11 @@ class BasicScoreComputer(AbstractScoreComputer):
                 "Self-influence needs the training gradients, which were deleted by "
                 "del_grads=True; featurize again without it."
             )
-        return self_influence(side, side.kernel(), Shape(n, 0, p, self.device))
+        weights = None
+        if row_weights is not None:
+            weights = torch.from_numpy(row_weights).double().to(self.device)
+        shape = Shape(n, n, p, self.device)
+        return self_influence(side, side.kernel(), shape, weights)
 
 
 class BasicSingleBlockScoreComputer(BasicScoreComputer):
@@ -307,15 +334,32 @@ def as_blocked(computer: AbstractScoreComputer) -> BasicScoreComputer | None:
         The computer; None if it replaces one of the three 0.3.2 methods, which are then
         called.
     """
-    steps = ("get_xtx", "get_x_xtx_inv", "get_scores")
-    if isinstance(computer, BasicScoreComputer) and all(
-        getattr(type(computer), step) is getattr(BasicScoreComputer, step)
-        for step in steps
-    ):
+    if isinstance(computer, BasicScoreComputer) and is_blocked(type(computer)):
         return computer
     return None
 
 
-def describe(computer: AbstractScoreComputer) -> str:
-    """Identify what a score computer makes of a checkpoint's rows."""
-    return f"{type(computer).__qualname__}, lambda_reg={computer.lambda_reg!r}"
+def is_blocked(kind: type) -> bool:
+    """Tell whether a class has all three 0.3.2 methods of BasicScoreComputer."""
+    steps = ("get_xtx", "get_x_xtx_inv", "get_scores")
+    return issubclass(kind, BasicScoreComputer) and all(
+        getattr(kind, step) is getattr(BasicScoreComputer, step) for step in steps
+    )
+
+
+def describe(computer: AbstractScoreComputer, *, scores: bool = False) -> str:
+    """Identify what a score computer makes of a checkpoint's rows, or of all of them.
+
+    Args:
+        computer: The score computer.
+        scores: Whether what only the scores depend on, and no stored array does, counts.
+
+    Returns:
+        Its class, its damping, and exponents other than the paper's.
+    """
+    text = f"{type(computer).__qualname__}, lambda_reg={computer.lambda_reg!r}"
+    blocked = as_blocked(computer)
+    a, b = PAPER if blocked is None else blocked.exponents
+    if scores and (a, b) != PAPER:
+        return f"{text}, exponents=({a!r}, {b!r})"
+    return f"{text}, exponents=({a!r}, ...)" if a else text

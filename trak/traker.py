@@ -11,14 +11,14 @@ from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import torch
-from jaxtyping import Float32
 from torch import Tensor
 
 from trak._estimate import estimate_parts
 from trak._estimate_table import Estimate
-from trak._finalizing import FeatureReport, read_reports
-from trak._options import parse_options, parse_scoring_call, positive
-from trak._scoring import Scoring, TopScores
+from trak._features import Features
+from trak._options import parse_options, parse_scoring_call
+from trak._results import Results
+from trak._scoring import Scoring
 from trak._seams import build_parts, build_saver, check_same_projector
 from trak._session import Session
 from trak._types import Batch, GradWrt, Weights
@@ -28,7 +28,7 @@ from trak.projectors import AbstractProjector
 from trak.savers import MmapSaver
 
 
-class TRAKer:
+class TRAKer(Results):
     """Attributes a model's outputs to its training examples.
 
     The TRAK method (Park et al., 2023; https://arxiv.org/abs/2303.14186), in two loops
@@ -58,6 +58,9 @@ class TRAKer:
             (name, parameter); None for all that require gradients.
         lambda_reg: Damping. ``"auto"`` adds one mean eigenvalue to the kernel's
             diagonal; a number adds that; ``"pinv"`` takes the undamped limit.
+        exponents: Powers ``(a, b)`` of the out-to-loss weight, on the rows of the
+            training set and on the result. None for the task's where ``lambda_reg`` is
+            ``"auto"``, and else for ``(0, 1)``, the paper's.
         on_non_finite: ``"raise"``, or ``"skip"`` to leave out training examples with
             NaN or infinite gradients; targets with them always raise.
 
@@ -91,6 +94,7 @@ class TRAKer:
         lambda_reg: float | str = "auto",
         *,
         on_non_finite: str = "raise",
+        exponents: tuple[float, float] | None = None,
     ) -> None:
         options = parse_options(
             model,
@@ -110,7 +114,9 @@ class TRAKer:
         self.logger.setLevel(logging_level)
         self.options, self.model = options, model
         given = gradient_computer, projector, score_computer
-        parts = self._parts = build_parts(model, task, options, *given, logging_level)
+        parts = self._parts = build_parts(
+            model, task, options, *given, logging_level, exponents
+        )
         self.task, self.proj_dim = parts.task, parts.proj_dim
         self.gradient_computer = parts.gradient_computer
         self.score_computer = parts.score_computer
@@ -119,11 +125,12 @@ class TRAKer:
         self.save_dir, self.load_from_save_dir = options.save_dir, load_from_save_dir
         self.dtype = torch.float16 if use_half_precision else torch.float32
         self.grad_wrt, self.lambda_reg = grad_wrt, lambda_reg
+        self.exponents = tuple(parts.exponents)
         self.num_params = sum(value.numel() for value in model.parameters())
         self.num_params_for_grad = options.selection.grad_dim
         self.proj_seed = options.projector_seed
         self.normalize_factor = torch.tensor(math.sqrt(self.num_params_for_grad))
-        self._scoring = Scoring(
+        self._features = Features(
             self.saver,
             self.score_computer,
             torch.device(getattr(self.score_computer, "device", self.device)),
@@ -131,8 +138,9 @@ class TRAKer:
             self.proj_dim,
             quiet=logging_level > logging.INFO,
         )
+        self._scoring = Scoring(self._features)
         if isinstance(self.saver, MmapSaver):
-            self.saver.make_features = self._scoring.make_features
+            self.saver.make_features = self._features.make_features
         self.scores: np.ndarray | None = None
         self._session = Session.of(self.saver, parts)
 
@@ -152,11 +160,6 @@ class TRAKer:
     def projector(self, projector: AbstractProjector) -> None:
         check_same_projector(self.projector, projector)
         self._session.projector = projector
-
-    @property
-    def reports(self) -> dict[int, FeatureReport]:
-        """What finalizing found about each checkpoint, by model id."""
-        return read_reports(self.saver.model_ids)
 
     def estimate(
         self,
@@ -230,29 +233,6 @@ class TRAKer:
         """
         self._session.process(batch, inds, num_samples, targets=False)
 
-    def finalize_features(
-        self,
-        model_ids: Iterable[int] | None = None,
-        del_grads: bool = False,  # noqa: FBT001
-    ) -> None:
-        """Compute what scoring needs of fully featurized checkpoints.
-
-        Checkpoints that are finalized already are left as they are, unless the damping
-        is another now.
-
-        Args:
-            model_ids: The checkpoints; None for all in the store.
-            del_grads: Whether to keep only the finished features: half the space, but
-                the damping is then fixed.
-
-        Raises:
-            ModelIDException: If one is unknown or not fully featurized.
-            SingularKernelError: If a kernel cannot be inverted with this damping.
-        """
-        self.projector.free_memory()
-        ids = self._session.choose(model_ids)
-        self._scoring.finalize_all(ids, del_grads=del_grads)
-
     @overload
     def start_scoring_checkpoint(
         self, exp_name: str, checkpoint: Weights, model_id: int, num_targets: int
@@ -310,91 +290,3 @@ class TRAKer:
             StaleRowError: If a stored row came from another target.
         """
         self._session.process(batch, inds, num_samples, targets=True)
-
-    def finalize_scores(
-        self,
-        exp_name: str | None = None,
-        model_ids: Iterable[int] | None = None,
-        allow_skip: bool = False,  # noqa: FBT001  0.3.2's signature
-    ) -> Float32[np.ndarray, "n m"]:
-        r"""Compute the scores of an experiment, averaged over checkpoints.
-
-        Entry ``(i, j)`` estimates how much training example ``i`` raises the model
-        output of target ``j``: positive is helpful, negative is harmful.
-
-        Args:
-            exp_name: The experiment; None for the one that was started last, or the
-                only one.
-            model_ids: The checkpoints; None for all in the store.
-            allow_skip: Whether checkpoints without features or targets are left out
-                with a log message.
-
-        Returns:
-            The scores, mapped into memory from the store's file; changes stay in
-            memory. Shape ``(n, m)``.
-
-        Raises:
-            ExperimentError: If there is no such experiment, or targets are missing.
-            ModelIDException: If a checkpoint is not finalized.
-            StoreMismatchError: If one was finalized with another damping.
-            NonFiniteError: If a score is not finite.
-        """
-        exp_name, ids = self._session.select(exp_name, model_ids)
-        ids = self._scoring.usable(exp_name, ids, allow_skip=allow_skip)
-        self.scores = self._scoring.write_scores(exp_name, ids)
-        return self.scores
-
-    def top_k(
-        self,
-        exp_name: str | None = None,
-        k: int = 10,
-        *,
-        largest: bool = True,
-        model_ids: Iterable[int] | None = None,
-        allow_skip: bool = False,
-    ) -> TopScores:
-        """Find every target's most helpful, or most harmful, training examples.
-
-        Memory is that of a tile and the result; the ``(n, m)`` matrix is never made.
-
-        Args:
-            exp_name: As in :meth:`finalize_scores`.
-            k: How many, at most ``n``.
-            largest: Whether the most helpful; else the most harmful.
-            model_ids: As in :meth:`finalize_scores`.
-            allow_skip: As in :meth:`finalize_scores`.
-
-        Returns:
-            ``scores`` and ``indices``, best first, ties by index. Shapes ``(m, k)``.
-
-        Raises:
-            OptionError: If ``k`` is not between 1 and ``n``.
-        """
-        if positive("k", k) > self.train_set_size:
-            raise OptionError(
-                f"k={k}, but there are only {self.train_set_size} training examples."
-            )
-        exp_name, ids = self._session.select(exp_name, model_ids)
-        ids = self._scoring.usable(exp_name, ids, allow_skip=allow_skip)
-        return self._scoring.top_k(exp_name, ids, int(k), largest=largest)
-
-    def self_influence(
-        self, model_ids: Iterable[int] | None = None
-    ) -> Float32[np.ndarray, " n"]:
-        """Compute each training example's score on itself, in ``min(n, p)**2`` memory.
-
-        Large values mark examples that the model could not predict without having seen
-        them: atypical, or mislabelled.
-
-        Args:
-            model_ids: The checkpoints; None for all in the store.
-
-        Returns:
-            The diagonal of the scores of the training set on itself. Shape ``(n,)``.
-
-        Raises:
-            ModelIDException: If there is no checkpoint, or one is not finalized.
-            SingularKernelError: If gradients were deleted, or scores are a custom class's.
-        """
-        ids = self._session.choose(model_ids, for_scores=True)
-        return self._scoring.self_influence(ids)

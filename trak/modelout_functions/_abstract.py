@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor
@@ -40,7 +40,14 @@ class AbstractModelOutput(ABC):
     Subclasses implement :meth:`get_output` and :meth:`get_out_to_loss_grad`. A subclass
     that replaces :meth:`get_output` of a task that has :meth:`get_outputs` falls back
     to the per-example form, unless it defines :meth:`get_outputs` as well.
+
+    Attributes:
+        exponents: Powers ``(a, b)`` of ``Q`` on training rows and on the result, where
+            :class:`trak.TRAKer` is given none and the damping is ``"auto"``. They do
+            not change what is stored.
     """
+
+    exponents: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -123,9 +130,9 @@ class AbstractModelOutput(ABC):
         """Identify what this task computes, to notice that it changed.
 
         Returns:
-            The name of the class and its public attributes: scalars as they are,
-            tensors and functions as a hash of their content. The same in every process
-            of the same Python version.
+            The name of the class and its public attributes but ``exponents``: scalars
+            as they are, tensors and functions as a hash of their content. The same in
+            every process of the same Python version.
         """
         return describe_object(self)
 
@@ -159,6 +166,6 @@ def describe_object(task: object) -> str:
     entries = (
         f"{name}={fingerprint(value)}"
         for name, value in sorted(data.items())
-        if not name.startswith("_")
+        if not (name.startswith("_") or name == "exponents")
     )
     return f"{type(task).__qualname__}({', '.join(entries)})"

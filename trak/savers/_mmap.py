@@ -14,6 +14,7 @@ import numpy as np
 from trak import _layout
 from trak.errors import ExperimentError, ModelIDException, StoreError
 from trak.savers._abstract import AbstractSaver
+from trak.savers._derived import Derived
 from trak.savers._lazy import FeatureMaker, LazyStore
 from trak.savers._places import GRADS_DELETED, Places
 from trak.savers._records import (
@@ -222,7 +223,7 @@ class MmapSaver(AbstractSaver):
                 f"featurize this checkpoint again."
             )
         if record["is_finalized"]:
-            self._load_derived(model_id, mode, store)
+            self._derived(model_id).load(mode, store)
         return store
 
     def _drop_grads(
@@ -235,20 +236,8 @@ class MmapSaver(AbstractSaver):
             del store["grads"]
             path.unlink(missing_ok=True)
 
-    def _load_derived(self, model_id: int, mode: str, store: dict[str, Any]) -> None:
-        gram = self._places.of(_layout.DERIVED_ARRAYS["gram"], model_id)
-        if gram[0].exists():
-            store["gram"] = _layout.open_array(*gram, mode)
-        features = self._places.of(_layout.DERIVED_ARRAYS["features"], model_id)
-        if features[0].exists():
-            label = self._features_label(model_id)
-            array = _layout.open_array(*features, mode, label)
-            if _layout.has_label(features[0], label):
-                store["features"] = array
-
-    def _features_label(self, model_id: int) -> bytes:
-        """Give the mark of features that are made as the checkpoint's record says."""
-        return _layout.label_of(str(self.model_ids[model_id].get("finalized_with")))
+    def _derived(self, model_id: int) -> Derived:
+        return Derived(self._places, model_id, self.model_ids[model_id])
 
     def open_digests(self, model_id: int) -> dict[str, Any] | None:
         """Map what tells the training data of another checkpoint, if it is there."""
@@ -288,25 +277,12 @@ class MmapSaver(AbstractSaver):
     @contextlib.contextmanager
     def new_features(self, model_id: int, store: dict[str, Any]) -> Iterator[np.memmap]:
         """Give an array for the features of a checkpoint, and add it to its arrays."""
-        place = self._places.of(_layout.DERIVED_ARRAYS["features"], model_id)
-        label = self._features_label(model_id)
-        with _layout.new_array(*place, label) as array:
+        with self._derived(model_id).new_features(store) as array:
             yield array
-        store["features"] = _layout.open_array(*place, label=label)
 
     def keep_gram(self, gram: np.ndarray) -> None:
         """Keep the Gram matrix of the current checkpoint, and drop other features."""
-        model_id = self._current()
-        features = self._places.of(_layout.DERIVED_ARRAYS["features"], model_id)[0]
-        place = self._places.of(_layout.DERIVED_ARRAYS["gram"], model_id)
-        # Another process may have made the same ones, and deleted the gradients since.
-        is_same = _layout.has_label(features, self._features_label(model_id))
-        if not (is_same and _layout.holds(place, gram)):
-            features.unlink(missing_ok=True)
-            self.current_store.pop("features", None)
-        with _layout.new_array(*place) as array:
-            array[:] = gram
-        self.current_store["gram"] = _layout.open_array(*place)
+        self._derived(self._current()).write_gram(gram, self.current_store)
 
     def _current(self) -> int:
         if self.current_model_id is None:

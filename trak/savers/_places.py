@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 from trak import _layout
 from trak._layout import ArraySpec
+
+Place: TypeAlias = tuple[Path, tuple[int, int], str]
+"""An array's file, shape and type name."""
 
 FINALIZED = "finalized.json"
 """Name of the record that finalizing writes in a checkpoint's directory."""
@@ -76,7 +80,7 @@ class Places:
 
     def of(
         self, spec: ArraySpec, model_id: int, exp_name: str = "", num_targets: int = 0
-    ) -> tuple[Path, tuple[int, int], str]:
+    ) -> Place:
         """Give an array's file, shape and type name."""
         sizes = {
             "n": self.n,

@@ -13,6 +13,7 @@ import numpy as np
 from trak import _layout
 from trak._layout import ArraySpec
 from trak._version import __version__
+from trak.savers._derived import label_of
 from trak.savers._places import Places
 
 WEIGHTS = "0" * 32
@@ -47,6 +48,7 @@ def store_sizes(
     *,
     half: bool,
     derived: str,
+    scored_with: str,
     num_targets: int,
     num_checkpoints: int,
     exp_name: str,
@@ -60,6 +62,7 @@ def store_sizes(
             of about the right length.
         half: Whether rows are stored in float16.
         derived: What finalizing makes: ``"gram"`` or ``"features"``.
+        scored_with: What the record of scores says that they were computed with.
         num_targets: Targets, ``m``.
         num_checkpoints: Checkpoints, ``c``.
         exp_name: Name of the experiment.
@@ -81,10 +84,10 @@ def store_sizes(
     scored = {
         **started,
         "model_ids": [*range(num_checkpoints)],
-        "finalized_with": finalized.get("finalized_with"),
+        "finalized_with": scored_with,
     }
     made = {derived: _layout.DERIVED_ARRAYS[derived]}
-    label = len(_layout.label_of("")) if derived == "features" else 0
+    label = 0 if derived == "gram" else len(label_of(""))
     experiment = _record(started) + _record({exp_name: started})
     return StoreSizes(
         featurize=_record(manifest)
