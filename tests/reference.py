@@ -59,10 +59,7 @@ def trak(
     lambda_reg: float | str = "auto",
     exponents: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
-    """sign(Q)|Q|^b, Q the mean, times the mean of X~ (X~'X~ + λI)^-1 φ, with X~ = |Q|^a X.
-
-    Shape (n, m).
-    """
+    """sign(Q)|Q|^b times the mean of X~ (X~'X~ + λI)^-1 φ, with X~ = |Q|^a X: (n, m)."""
     a, b = exponents
     total = torch.zeros(len(features[0]), len(targets[0]), dtype=torch.float64)
     for x, phi, q in zip(features, targets, out_to_loss, strict=True):
