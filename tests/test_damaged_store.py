@@ -22,11 +22,12 @@ ARRAYS = [
     "0/out_to_loss.mmap",
     "0/_row_digest.mmap",
     "0/_is_featurized.mmap",
-    "0/gram.mmap",
+    "0/weighted_gram.mmap",
     "0/features.mmap",
     "0/exp_grads.mmap",
     "0/exp_grads_exponent.mmap",
     "0/exp_row_digest.mmap",
+    "0/exp_outputs.mmap",
     "0/exp_is_scored.mmap",
     "scores/exp.mmap",
 ]

@@ -58,7 +58,7 @@ def store_batch(
     changed = changed_rows(store, prefix, inds, digests, ~pending)
     if not (pending.any() or changed.any()):
         return
-    rows, weights = pipeline.compute(batch, len(inds))
+    rows, weights, outputs = pipeline.compute(batch, len(inds))
     check_same_rows(store, prefix, flag, inds, rows, changed, pipeline.what)
     if not pending.any():
         return
@@ -72,6 +72,8 @@ def store_batch(
     if weights is not None and exp_name is None:
         known = np.where(finite[:, None], weights.cpu().numpy(), np.float32(0))
         extras["out_to_loss"] = known[pending]
+    if outputs is not None:
+        extras[f"{prefix}outputs"] = outputs.numpy()[pending][:, None]
     chosen = torch.from_numpy(pending)
     write_rows(
         store, prefix, flag, inds[pending], rows.cpu()[chosen], extras, finite[pending]

@@ -72,9 +72,13 @@ TARGET_ARRAYS = {
         "{model}/{exp}_grads_exponent.mmap", ("m", "1"), "int16"
     ),
     "row_digest": ArraySpec("{model}/{exp}_row_digest.mmap", ("m", "1"), "int64"),
+    "outputs": ArraySpec("{model}/{exp}_outputs.mmap", ("m", "1"), "float64"),
     "is_scored": ArraySpec("{model}/{exp}_is_scored.mmap", ("m", "1"), "int32"),
 }
 """Arrays of an experiment on a checkpoint; the store's keys begin with ``{exp}_``."""
+
+LATER = frozenset({"outputs"})
+"""Those of them that experiments of older versions do not have."""
 
 SCORES = ArraySpec("scores/{exp}.mmap", ("n", "m"), "float32")
 """The result of an experiment."""

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Int64
+from jaxtyping import Float, Float32, Float64, Int64
 from torch import Tensor
 
 from trak._batches import copied, describe_value, row_leaves, take
+from trak._outputs import compute_outputs
 from trak._params import Selection, first_non_finite
 from trak._types import Batch
 from trak.errors import GradientError, NonFiniteError, TaskError
 from trak.gradient_computers import AbstractGradientComputer
 from trak.projectors import AbstractProjector, AdditiveProjector
+
+
+class Computed(NamedTuple):
+    """What a batch came to."""
+
+    rows: Float32[Tensor, "b p"]
+    """The projected gradients; NaN where one is not finite."""
+
+    weights: Float32[Tensor, "b 1"] | None
+    """The out-to-loss weights, if they were wanted."""
+
+    outputs: Float64[Tensor, " b"] | None
+    """The model's outputs, if they were wanted."""
 
 
 class ProjectingSink:
@@ -115,25 +129,33 @@ class Pipeline:
     weighted: bool
     """Whether to ask the task for out-to-loss weights, which checks the labels too."""
 
-    def compute(
-        self, batch: Batch, size: int
-    ) -> tuple[Float32[Tensor, "b p"], Float32[Tensor, "b 1"] | None]:
-        """Compute the rows of a batch, and its out-to-loss weights if they are wanted.
+    measured: bool = False
+    """Whether the model's outputs are wanted."""
+
+    def compute(self, batch: Batch, size: int) -> Computed:
+        """Compute the rows of a batch, and what else is wanted of it.
 
         Args:
             batch: The examples.
             size: Their number, ``b``.
 
         Returns:
-            The rows of shape ``(b, p)``, and the weights of shape ``(b, 1)`` or None.
+            The rows of shape ``(b, p)``; the weights of shape ``(b, 1)`` and the outputs
+            of shape ``(b,)``, or None.
         """
         # An engine that streams knows the model's output after the gradients; for the
         # others the weights come first, as they check the labels.
-        if self.weighted and not self.streams:
-            weights = self.out_to_loss(batch, size)
-            return self.rows(batch, size), weights
+        if isinstance(self.projector, AdditiveProjector) and self.streams:
+            rows, outputs = self._streamed(batch, size, self.projector)
+            weights = self.out_to_loss(batch, size) if self.weighted else None
+            found = outputs.detach().cpu().double() if self.measured else None
+            return Computed(rows, weights, found)
+        weights = self.out_to_loss(batch, size) if self.weighted else None
         rows = self.rows(batch, size)
-        return rows, self.out_to_loss(batch, size) if self.weighted else None
+        return Computed(rows, weights, self._outputs(batch) if self.measured else None)
+
+    def _outputs(self, batch: Batch) -> Float64[Tensor, " b"]:
+        return compute_outputs(self.computer, copied(batch))
 
     def rows(self, batch: Batch, size: int) -> Float32[Tensor, "b p"]:
         r"""Compute :math:`P^\top \nabla f(z_i) / \sqrt{d}` for every example of a batch.
@@ -149,7 +171,7 @@ class Pipeline:
             GradientError: If gradients or projections do not have the right shape.
         """
         if isinstance(self.projector, AdditiveProjector) and self.streams:
-            return self._streamed(batch, size, self.projector) / self.scale
+            return self._streamed(batch, size, self.projector)[0]
         blocks = getattr(self.computer, "per_sample_grad_blocks", None)
         whole = self.computer.compute_per_sample_grad
         batch = copied(batch)
@@ -170,7 +192,7 @@ class Pipeline:
 
     def _streamed(
         self, batch: Batch, size: int, projector: AdditiveProjector
-    ) -> Float32[Tensor, "b p"]:
+    ) -> tuple[Float32[Tensor, "b p"], Float[Tensor, " b"]]:
         """Project gradients piece by piece, without ever holding one example's."""
         computer: Any = self.computer
         # What is made in inference mode cannot be added to outside of it.
@@ -180,7 +202,7 @@ class Pipeline:
             sink = ProjectingSink(projector, self.model_id, size, dtype, device)
             outputs = computer.stream_per_sample_grads(batch, sink)
             sink.rows[~torch.isfinite(outputs)] = torch.nan
-        return sink.rows.float()
+        return sink.rows.float() / self.scale, outputs
 
     @property
     def streams(self) -> bool:

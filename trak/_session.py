@@ -24,6 +24,7 @@ from trak._checkpoints import (
 )
 from trak._featurizing import first_difference, store_batch
 from trak._layout import PENDING, check_exp_name
+from trak._members import check_same_members, parse_train_inds
 from trak._options import (
     NonFinitePolicy,
     Options,
@@ -101,6 +102,7 @@ class Session:
         model_id: int | None,
         *,
         allow_known: bool,
+        train_inds: object = None,
     ) -> None:
         """Load a checkpoint; the next batches are training examples.
 
@@ -108,7 +110,11 @@ class Session:
             checkpoint: Its state dict.
             model_id: Its id; None for the id of these weights, or the next free one.
             allow_known: Passed on to the saver.
+            train_inds: What it was trained on; None if that is not known.
         """
+        n, members = self.options.train_set_size, None
+        if train_inds is not None:
+            members = parse_train_inds(train_inds, n)
         with _ALONE:
             self.end()
             saver = self.saver
@@ -130,7 +136,9 @@ class Session:
                 ]
                 saver.model_ids[model_id]["weights"] = weights
                 saver.serialize_current_model_id_metadata()
-            self._begin(model_id, None, self.options.train_set_size, weights)
+            if members is not None:
+                check_same_members(saver.keep_members(members), members, model_id)
+            self._begin(model_id, None, n, weights)
             if twins:
                 warnings.warn(
                     f"model id {model_id} has the same weights as model id {twins[0]}, so it "
@@ -283,6 +291,7 @@ class Session:
             check_mode(self.computer.model)
             self._loaded = check_loaded(self.computer.model, loaded, current.model_id)
             self._load_rows(current)
+            store = self.saver.current_store
             self._check_task_data(current.model_id)
             digests = row_digests(batch)
             self._compare(current, rows, digests)
@@ -295,9 +304,9 @@ class Session:
                 self.scale,
                 what,
                 weighted=not exp_name or has_batched_form(self.computer.modelout_fn),
+                measured=f"{exp_name}_outputs" in store,
             )
             skip = not exp_name and self.options.non_finite is NonFinitePolicy.SKIP
-            store = self.saver.current_store
             store_batch(pipeline, store, exp_name, batch, rows, digests, skip=skip)
             if inds is None:
                 self._cursors[current.model_id, exp_name] = cursor + size

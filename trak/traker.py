@@ -189,6 +189,8 @@ class TRAKer(Results):
         checkpoint: Weights,
         model_id: int | None = None,
         _allow_featurizing_already_registered: bool = False,  # noqa: FBT001  0.3.2's
+        *,
+        train_inds: Iterable[SupportsIndex] | Tensor | np.ndarray | None = None,
     ) -> None:
         """Load a checkpoint into the model, to featurize the training set with it.
 
@@ -197,14 +199,23 @@ class TRAKer(Results):
             model_id: Its id in the store; None for the id of these weights, or a new one.
             _allow_featurizing_already_registered: Accepted for 0.3.2; a checkpoint that
                 is partly featurized is always gone on with.
+            train_inds: The training examples that it was trained on, as indices or as a
+                boolean mask of shape ``(n,)``; None if that is not known. It is kept for
+                :meth:`cross_validate`, and changes no score otherwise.
 
         Raises:
             CheckpointError: If it does not fit the model.
             NonFiniteError: If it has a NaN or an infinity.
             ModelIDException: If the id belongs to other weights.
+            OptionError: If ``train_inds`` is empty, has an index twice or one that is
+                out of range.
+            StoreMismatchError: If the checkpoint is known with other ``train_inds``.
         """
         self._session.load_for_training(
-            checkpoint, model_id, allow_known=_allow_featurizing_already_registered
+            checkpoint,
+            model_id,
+            allow_known=_allow_featurizing_already_registered,
+            train_inds=train_inds,
         )
 
     def featurize(

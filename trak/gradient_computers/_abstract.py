@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from trak._batches import batch_size, take
+from trak._batches import as_arguments, batch_size, rebuild, row_leaves, take
 from trak._linalg import spans
 from trak._params import select_parameters
 from trak._types import Batch, Gradients, GradWrt
@@ -84,6 +84,38 @@ class AbstractGradientComputer(ABC):
             :meth:`compute_per_sample_grad` gives them; here, of all at once.
         """
         yield self.compute_per_sample_grad(batch=batch)
+
+    def compute_outputs(self, batch: Batch) -> Tensor:
+        r"""Compute the outputs :math:`f(z_i; \theta)` of a batch, without gradients.
+
+        By the task's batched form if it has one, and else one example at a time. Only
+        targets need it, and only from computers that do not stream.
+
+        Args:
+            batch: The examples.
+
+        Returns:
+            The outputs, detached. Shape ``(b,)``.
+        """
+        task = self.modelout_fn
+        weights = {k: value.detach() for k, value in self.model.named_parameters()}
+        buffers = dict(self.model.named_buffers())
+        with torch.no_grad():
+            if getattr(type(task), "get_outputs", NO_BATCHES) is not NO_BATCHES:
+                return task.get_outputs(self.model, weights, buffers, batch)
+            leaves = row_leaves(batch)
+            examples = (
+                rebuild(batch, [leaf[i] for leaf in leaves])
+                for i in range(batch_size(batch))
+            )
+            return torch.stack([
+                task.get_output(self.model, weights, buffers, *as_arguments(example))
+                for example in examples
+            ])
+
+
+NO_BATCHES = AbstractModelOutput.get_outputs
+"""What a task has that computes one example at a time."""
 
 
 class SelectiveGradientComputer(AbstractGradientComputer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -130,6 +131,20 @@ class IterativeGradientComputer(SelectiveGradientComputer):
                 f"without weights ({error}). Give the task get_outputs(model, weights, "
                 f"buffers, batch), or use FunctionalGradientComputer."
             ) from error
+
+    @torch.no_grad()
+    def compute_outputs(self, batch: Batch) -> Tensor:
+        r"""Compute the outputs :math:`f(z_i; \theta)` of a batch, all at once.
+
+        Args:
+            batch: The examples.
+
+        Returns:
+            The outputs, detached. Shape ``(b,)``.
+        """
+        outputs: Any = self._outputs(batch)
+        result: Tensor = outputs
+        return result
 
     def compute_loss_grad(self, batch: Batch) -> Tensor:
         """Compute the out-to-loss gradient of every example of a batch.

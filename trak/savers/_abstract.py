@@ -11,6 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from trak._members import pack_mask, unpack_mask
+from trak.errors import ModelIDException
+
+MEMBERS = "train_inds"
+"""Key of a checkpoint's record, or name of a record of its own, for its examples."""
+
 
 class AbstractSaver(ABC):
     """Keeps the arrays and records of every checkpoint and experiment.
@@ -119,3 +125,42 @@ class AbstractSaver(ABC):
 
     def keep_gram(self, gram: np.ndarray) -> None:  # noqa: B027  keeping it is optional
         """Keep the current checkpoint's Gram matrix, under ``gram``; or do not."""
+
+    def keep_members(self, members: np.ndarray) -> np.ndarray:
+        """Keep which examples the current checkpoint was trained on, if nothing was kept.
+
+        Args:
+            members: The mask. Shape ``(n,)``.
+
+        Returns:
+            The mask that is kept, which another call or process may have given first.
+
+        Raises:
+            ModelIDException: If no checkpoint is loaded.
+        """
+        model_id = self.current_model_id
+        if model_id is None:
+            raise ModelIDException(
+                "No checkpoint is loaded; load or register one first."
+            )
+        known = self.members(model_id)
+        if known is not None:
+            return known
+        self.model_ids[model_id][MEMBERS] = pack_mask(members)
+        self.serialize_current_model_id_metadata()
+        return members
+
+    def members(self, model_id: int) -> np.ndarray | None:
+        """Give the mask of the examples that a checkpoint was trained on, if it is kept.
+
+        Args:
+            model_id: The checkpoint.
+
+        Returns:
+            The mask, of shape ``(n,)``, or None.
+        """
+        record = self.model_ids[model_id].get(MEMBERS)
+        if record is None:
+            return None
+        where = f"the record of model id {model_id}"
+        return unpack_mask(record, int(record.get("n", 0)), where)

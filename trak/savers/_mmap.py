@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from trak import _layout
+from trak._members import pack_mask, unpack_mask
 from trak.errors import ExperimentError, ModelIDException, StoreError
 from trak.savers._abstract import AbstractSaver
 from trak.savers._derived import Derived
@@ -179,13 +180,7 @@ class MmapSaver(AbstractSaver):
                     f"{sorted(self.experiments)}."
                 )
             exp_num_targets = int(self.experiments[exp_name]["num_targets"])
-        specs = self._places.used(_layout.TARGET_ARRAYS)
-        places = {
-            f"{exp_name}_{key}": self._places.of(
-                spec, model_id, exp_name, exp_num_targets
-            )
-            for key, spec in specs.items()
-        }
+        places = self._places.targets(model_id, exp_name, exp_num_targets)
         if not all(path.exists() for path, _, _ in places.values()):
             raise ExperimentError(
                 f"experiment {exp_name!r} has no targets on model id {model_id}; score "
@@ -193,7 +188,7 @@ class MmapSaver(AbstractSaver):
             )
         self.current_experiment_name = exp_name
         for key, place in places.items():
-            self.current_store[key] = _layout.open_array(*place, mode)
+            self.current_store[f"{exp_name}_{key}"] = _layout.open_array(*place, mode)
         scores = self._places.of(_layout.SCORES, model_id, exp_name, exp_num_targets)
         if scores[0].exists():
             self.current_store[f"{exp_name}_scores"] = _layout.open_array(*scores, "c")
@@ -248,6 +243,35 @@ class MmapSaver(AbstractSaver):
         if not all(path.exists() for path, _, _ in places.values()):
             return None
         return {key: _layout.open_array(*place, "r") for key, place in places.items()}
+
+    def keep_members(self, members: np.ndarray) -> np.ndarray:
+        """Keep which examples the current checkpoint was trained on, if nothing was kept.
+
+        Args:
+            members: The mask. Shape ``(n,)``.
+
+        Returns:
+            The mask that is kept, which another process may have given first.
+        """
+        model_id = self._current()
+        path = self._places.members(model_id)
+        if not path.exists():
+            _layout.write_record(path, pack_mask(members), replace=False)
+        return unpack_mask(_layout.read_record(path), len(members), str(path))
+
+    def members(self, model_id: int) -> np.ndarray | None:
+        """Give the mask of the examples that a checkpoint was trained on, if it is kept.
+
+        Args:
+            model_id: The checkpoint.
+
+        Returns:
+            The mask, of shape ``(n,)``, or None.
+        """
+        path = self._places.members(model_id)
+        if not path.exists():
+            return None
+        return unpack_mask(_layout.read_record(path), self.train_set_size, str(path))
 
     def refresh(self) -> None:
         """Read what other processes have written since.
@@ -340,10 +364,8 @@ class MmapSaver(AbstractSaver):
                 f"experiment {exp_name!r} has {known.get('num_targets')} targets, not "
                 f"{num_targets}; use another exp_name for other targets."
             )
-        specs = self._places.used(_layout.TARGET_ARRAYS).values()
-        _layout.create_arrays([
-            self._places.of(spec, model_id, exp_name, num_targets) for spec in specs
-        ])
+        places = self._places.targets(model_id, exp_name, num_targets)
+        _layout.create_arrays([*places.values()])
         self.load_current_store(model_id)
         self.load_current_store(model_id, exp_name, num_targets)
 

@@ -70,6 +70,10 @@ class Places:
         """Give the record that finalizing a checkpoint writes."""
         return self.directory(model_id) / FINALIZED
 
+    def members(self, model_id: int) -> Path:
+        """Give the record of which examples a checkpoint was trained on."""
+        return self.directory(model_id) / "train_inds.json"
+
     def used(self, specs: Mapping[str, ArraySpec]) -> dict[str, ArraySpec]:
         """Leave out the arrays that only stores in half precision have."""
         return {
@@ -92,3 +96,17 @@ class Places:
         path = self.save_dir / spec.path.format(model=model_id, exp=exp_name)
         dtype = self.dtype if spec.dtype == "store" else spec.dtype
         return path, (sizes[spec.axes[0]], sizes[spec.axes[1]]), dtype
+
+    def targets(
+        self, model_id: int, exp_name: str, num_targets: int
+    ) -> dict[str, Place]:
+        """Find an experiment's files: those that are there, or that a new one gets."""
+        found = {
+            key: self.of(spec, model_id, exp_name, num_targets)
+            for key, spec in self.used(_layout.TARGET_ARRAYS).items()
+        }
+        if found["is_scored"][0].exists():  # it is older, or has them all
+            for key in _layout.LATER:
+                if not found[key][0].exists():
+                    del found[key]
+        return found
