@@ -30,6 +30,23 @@ def spearman_of(pearson: float) -> float:
     return min(1.0, max(-1.0, 6 / pi * asin(bounded / 2)))
 
 
+def spearman_slope(pearson: float) -> float:
+    """Give how much :func:`spearman_of` changes with its argument.
+
+    Args:
+        pearson: Correlation; what is beyond 1 counts as 1.
+
+    Returns:
+        The derivative.
+
+    Example:
+        >>> round(spearman_slope(0.0), 4)
+        0.9549
+    """
+    bounded = min(1.0, max(-1.0, pearson))
+    return 3 / pi / sqrt(1 - bounded**2 / 4)
+
+
 def deviation_bias(count: int) -> float:
     r"""Give by what factor a sample's standard deviation falls short on average.
 

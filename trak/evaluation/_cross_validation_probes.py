@@ -32,7 +32,7 @@ class Probe:
     Args:
         n: Number of examples.
         count: Vectors.
-        seed: Seed of the signs.
+        seed: Seeds of the signs.
         mask: A subset, whose own centred vector comes first; None for none. Shape
             ``(n,)``.
     """
@@ -41,7 +41,7 @@ class Probe:
         self,
         n: int,
         count: int,
-        seed: int,
+        seed: Sequence[int],
         mask: Bool[np.ndarray, " n"] | None = None,
     ) -> None:
         self._n = n
@@ -81,7 +81,7 @@ class Probe:
         return np.concatenate([own[:, None], found], axis=1)
 
     def _signs(self, start: int) -> Float64[np.ndarray, "b v"]:
-        rng = np.random.default_rng([self._seed, start])
+        rng = np.random.default_rng([*self._seed, start])
         rows = min(_CHUNK, self._n - start)
         bits = rng.integers(2, size=(rows, self._count), dtype=np.int8)
         return 2.0 * bits - 1.0
@@ -109,12 +109,13 @@ class ScoreSet:
     @property
     def width(self) -> int:
         """Sums a target."""
-        return self.probe.width * self.weights.shape[1]
+        return self.probe.width * int(self.weights.shape[1])
 
     def __call__(self, low: int, high: int) -> Float64[np.ndarray, "b k"]:
         """Give the weighted probes of some examples; vectors change fastest."""
         found = self.weights[low:high, :, None] * self.probe(low, high)[:, None, :]
-        return found.reshape(high - low, -1)
+        flat: np.ndarray = found.reshape(high - low, -1)
+        return flat
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,6 +9,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64, Int64
 
+_PLAIN = (
+    "lds",
+    "multiple",
+    "is_default",
+    "target_error",
+    "n_checkpoints",
+    "n_held_out",
+)
+
 Exponents = tuple[float, float]
 """Powers of the out-to-loss weight: of the rows, and of the scores."""
 
@@ -89,9 +98,11 @@ class CrossValidation:
     def __str__(self) -> str:
         low, high = self.interval
         lines = [
-            f"expected LDS {self.lds:.3f} [{low:.3f}, {high:.3f}] "
-            f"({self.n_checkpoints} checkpoints, {self.n_held_out} held out in turn, "
-            f"{len(self.targets)} targets)"
+            (
+                f"expected LDS {self.lds:.3f} [{low:.3f}, {high:.3f}] "
+                f"({self.n_checkpoints} checkpoints, {self.n_held_out} held out in turn, "
+                f"{len(self.targets)} targets)"
+            )
         ]
         lines += self._damping()
         known = sorted(self.over_checkpoints.items())
@@ -113,14 +124,16 @@ class CrossValidation:
         return [
             *_row("damping", [f"{found.multiple:g}" for found in near]),
             *_row("LDS", [f"{found.lds:.3f}" for found in near]),
-            f"{chosen}: damping {self.multiple:.3g} mean eigenvalues, exponents "
-            f"({a:g}, {b:g})",
+            (
+                f"{chosen}: damping {self.multiple:.3g} mean eigenvalues, exponents "
+                f"({a:g}, {b:g})"
+            ),
         ]
 
     @property
     def advice(self) -> str:
         """One line about what to do."""
-        low, high = self.interval
+        low, _ = self.interval
         if low <= 0:
             return (
                 f"advice: the interval reaches {low:.2f}; train more checkpoints on "
@@ -138,11 +151,7 @@ class CrossValidation:
         Returns:
             A dictionary of numbers, strings, lists and dictionaries.
         """
-        found = {
-            name: getattr(self, name)
-            for name in ("lds", "multiple", "is_default", "target_error")
-            + ("n_checkpoints", "n_held_out")
-        }
+        found = {name: getattr(self, name) for name in _PLAIN}
         return found | {
             "interval": list(self.interval),
             "exponents": list(self.exponents),
