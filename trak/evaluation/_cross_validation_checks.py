@@ -154,7 +154,7 @@ def check_subsets(members: Sequence[np.ndarray], held: Sequence[int]) -> list[st
                 f"Leave one of the two out."
             )
     (i, j), value = max(found.items(), key=lambda pair: abs(pair[1]))
-    if abs(value) > max(6 / sqrt(len(members[0])), 0.05):
+    if abs(value) > max(5 / sqrt(len(members[0])), 0.05):
         return [
             (
                 f"the subsets of checkpoints {i} and {j} have a correlation of {value:.2f}; "

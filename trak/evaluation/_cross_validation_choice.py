@@ -52,6 +52,12 @@ class Trial:
         The variance without any correlation, known from probes, is multiplied with
         :math:`1 - r^2/2`, which is what normal variables have at correlation ``r`` where
         one's variance is known and the other's is not.
+
+        Args:
+            n_held_out: Models whose outputs were predicted.
+
+        Returns:
+            The standard error of the mean correlation.
         """
         noise = 1 / (n_held_out - 1)
         between = 0.0
@@ -94,18 +100,26 @@ def tabulate(trials: Sequence[Trial], n_held_out: int) -> tuple[Candidate, ...]:
 
 
 def choose(candidates: Sequence[Candidate], *, margin: float = MARGIN) -> int:
-    """Find the best candidate, which is the default unless another is clearly better.
+    """Find the candidate whose gain is largest even if it is less by its error.
 
     Args:
         candidates: The default first.
-        margin: Standard errors of the gain that count as clearly.
+        margin: Standard errors that a gain is lessened by.
 
     Returns:
-        The index.
+        The index; 0, the default, if no gain is then left.
+
+    Example:
+        >>> choose([
+        ...     Candidate((0.0, 1.0), 1.0, 0.3, 0.1, 0.0, 0.0),
+        ...     Candidate((0.0, 1.0), 0.3, 0.4, 0.1, 0.10, 0.05),
+        ...     Candidate((0.0, 1.0), 0.1, 0.45, 0.1, 0.15, 0.14),
+        ... ])
+        1
     """
-    best = max(range(len(candidates)), key=lambda index: candidates[index].lds)
-    found = candidates[best]
-    return best if found.gain > margin * found.gain_error else 0
+    sure = [found.gain - margin * found.gain_error for found in candidates]
+    best = max(range(len(sure)), key=sure.__getitem__)
+    return best if sure[best] > 0 else 0
 
 
 def refine(candidates: Sequence[Candidate], index: int) -> float:

@@ -157,7 +157,7 @@ def agreement(
     return result
 
 
-def growth(reliability: float, measured: int, before: float, after: float) -> float:
+def growth(reliability: float, measured: int, before: int, after: float | int) -> float:
     r"""Give by what factor a correlation grows with the number of checkpoints.
 
     Noise that differs between checkpoints lowers a correlation by the root of the

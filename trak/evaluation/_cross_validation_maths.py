@@ -84,7 +84,7 @@ def inverse_bias(count: int) -> float:
     return sqrt(count / 2) * exp(lgamma((count - 1) / 2) - lgamma(count / 2))
 
 
-def project_reliability(reliability: float, factor: float) -> float:
+def project_reliability(reliability: float, factor: float | int) -> float:
     r"""Give the agreement of two averages over more, from that over fewer.
 
     :math:`\frac{k\, r}{1 + (k - 1)\, r}` (Spearman, 1910; Brown, 1910).

@@ -16,9 +16,10 @@ from jaxtyping import Bool, Float, Float32, Float64, Int64
 from torch import Tensor
 
 from trak._gram import accumulate, gram
-from trak._linalg import RowReader, product, spans
+from trak._linalg import RowReader, is_finite, product, spans
 from trak._memory import read_height, solve_width
 from trak._streaming import over_rows
+from trak.errors import NonFiniteError, SingularKernelError
 
 _CHUNK = 1024  # examples whose signs are drawn together, whatever is read at once
 
@@ -151,7 +152,7 @@ def predictions(
     sets: Sequence[ScoreSet],
     multiples: Sequence[float],
     sizes: Sizes,
-) -> list[Float32[Tensor, "k w v m"]]:
+) -> list[Float32[Tensor, "k w _ m"]]:
     """Sum scores over probes, for every damping.
 
     Args:
@@ -163,6 +164,10 @@ def predictions(
     Returns:
         For each set the sums, on the CPU. Shape ``(k, w, v, m)``: dampings, weightings,
         vectors, targets.
+
+    Raises:
+        NonFiniteError: If a row is not finite.
+        SingularKernelError: If all training rows of a checkpoint are zero.
     """
     totals = [
         torch.zeros(len(multiples), one.width, sizes.m, dtype=torch.float32)
@@ -175,7 +180,8 @@ def predictions(
             if checkpoint in one.scorers
         ]
         if used:
-            _add_checkpoint(source, used, multiples, sizes)
+            _add_checkpoint(source, used, multiples, sizes, checkpoint)
+            _check_finite([total for _, total in used], checkpoint)
     return [
         total.view(len(multiples), one.weights.shape[1], one.probe.width, sizes.m)
         for one, total in zip(sets, totals, strict=True)
@@ -184,12 +190,13 @@ def predictions(
 
 def _add_checkpoint(
     source: Source,
-    used: Sequence[tuple[ScoreSet, Float32[Tensor, "k v m"]]],
+    used: Sequence[tuple[ScoreSet, Float32[Tensor, "k _ m"]]],
     multiples: Sequence[float],
     sizes: Sizes,
+    name: int,
 ) -> None:
     """Add one checkpoint's share to the sums of the sets that it is part of."""
-    values, vectors = _eigen(gram(source.train, sizes.n, sizes.p, sizes.device))
+    values, vectors = _eigen(gram(source.train, sizes.n, sizes.p, sizes.device), name)
     ridges = [multiple * float(values.mean()) for multiple in multiples]
     left = _left([one for one, _ in used], source.train, vectors, sizes)
     for low, high in spans(sizes.m, solve_width(len(vectors))):
@@ -204,10 +211,32 @@ def _add_checkpoint(
 
 
 def _eigen(
-    kernel: Float64[Tensor, "q q"],
+    kernel: Float64[Tensor, "q q"], name: int
 ) -> tuple[Float64[Tensor, " q"], Float64[Tensor, "q q"]]:
+    if not is_finite(kernel):
+        raise NonFiniteError(
+            f"the projected gradients of checkpoint {name} on the training examples are "
+            f"not all finite; featurize it again, or leave it out."
+        )
+    if not bool(kernel.diagonal().any()):
+        raise SingularKernelError(
+            f"all projected gradients of checkpoint {name} are zero, so it scores "
+            f"nothing; leave it out, or check what is differentiated (grad_wrt)."
+        )
     values, vectors = torch.linalg.eigh(kernel)
     return values.clamp(min=0.0), vectors
+
+
+def _check_finite(totals: Sequence[Float32[Tensor, "k _ m"]], name: int) -> None:
+    for total in totals:
+        flat = total.flatten(0, 1)
+        if not is_finite(flat):
+            target = int((~flat.isfinite()).any(dim=0).nonzero()[0])
+            raise NonFiniteError(
+                f"the predictions of checkpoint {name} for target {target} of those used "
+                f"are not finite; check its projected gradients.",
+                index=target,
+            )
 
 
 def _left(
