@@ -9,13 +9,11 @@ from torch.testing import assert_close
 
 from trak.errors import NonFiniteError, OptionError
 from trak.evaluation import random_subsets
-from trak.evaluation._uncertainty import (
+from trak.evaluation._uncertainty import combine, standard_errors, top_k_stability
+from trak.evaluation._uncertainty_threshold import (
     choose_threshold,
-    combine,
     soft_threshold,
-    standard_errors,
     threshold_keeping,
-    top_k_stability,
 )
 
 
@@ -179,7 +177,7 @@ def test_refusals():
     with pytest.raises(OptionError, match=r"share=0.0; pass a share in \(0, 1\]"):
         threshold_keeping(draws(4, 1), 0.0)
     kernels, masks, outputs = sparse_world(3, n=30, m=2, signal=3)
-    with pytest.raises(OptionError, match="2 checkpoints trained on a part .* do not"):
+    with pytest.raises(OptionError, match=r"2 checkpoints trained on a part .* do not"):
         choose_threshold(kernels[:2], None, masks[:2], outputs[:2])
     outputs[1, 1] = np.inf
     with pytest.raises(
