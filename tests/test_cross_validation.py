@@ -25,6 +25,7 @@ from trak.evaluation._cross_validation_estimate import (
 )
 from trak.evaluation._cross_validation_maths import (
     deviation_bias,
+    noise_with_more,
     overlap_of_normals,
     peak_of_parabola,
     project_reliability,
@@ -414,12 +415,53 @@ def test_curves_over_checkpoints_and_columns():
     )
 
 
-def test_twice_the_columns():
-    extrapolate = module._with_twice_the_columns
-    assert_close(extrapolate({8: 0.5, 16: 2**-0.5}, 16), 1.0)  # 1/r^2: 4, 2, 1
-    assert extrapolate({8: 0.5, 16: 0.4}, 16) == 0.4  # it fell: nothing to gain
-    assert extrapolate({8: -0.1, 16: 0.4}, 16) == 0.4
-    assert extrapolate({16: 0.4}, 16) == 0.4
+def test_noise_with_more_columns():
+    assert_close(noise_with_more(8, 16, 3.0, 2.0, wanted=32), 1.5)
+    assert (
+        noise_with_more(8, 16, 2.0, 3.0, wanted=32) == 3.0
+    )  # it rose: nothing to gain
+    assert noise_with_more(8, 16, 3.0, 0.1, wanted=32) == 0.0
+
+
+def test_columns_alone_and_the_whole_number_of_them():
+    checkpoints, (n, m, p), _ = linear_world(1, 3)
+    assert cross_validate(checkpoints, n, m, p).over_columns == {}
+    found = cross_validate(checkpoints, n, m, p, columns=[p])
+    assert found.over_columns == {p: found.lds}
+
+
+def test_more_columns_are_foreseen():
+    """Sketches of 8 and 16 entries foresee 32, of rows of 64."""
+    rng = np.random.default_rng(0)
+    n, m, d, p, count = 150, 40, 64, 32, 12
+    rows, phi = rng.standard_normal((n, d)), rng.standard_normal((m, d))
+    masks = random_subsets(n, count, 0.5, 0)
+    effects = rows @ np.linalg.inv(rows.T @ rows + n * np.eye(d)) @ phi.T
+    checkpoints = []
+    for c in range(count):
+        sketch = rng.standard_normal((d, p))
+        checkpoints.append(
+            CheckpointData(
+                reader(rows @ sketch),
+                reader(phi @ sketch),
+                np.ones(n),
+                masks[c] @ effects,
+                masks[c],
+            )
+        )
+    whole = cross_validate(checkpoints, n, m, p, multiples=[1.0])
+    half = [
+        replace(
+            one,
+            train=lambda low, high, r=one.train: r(low, high)[:, :16],
+            targets=lambda low, high, r=one.targets: r(low, high)[:, :16],
+        )
+        for one in checkpoints
+    ]
+    found = cross_validate(half, n, m, 16, multiples=[1.0], columns=[8])
+    gain = whole.lds - found.lds
+    assert gain > 0.03
+    assert_close(found.over_columns[32] - found.lds, gain, rtol=0.5, atol=0.0)
 
 
 def test_growth_and_agreement():
