@@ -334,13 +334,13 @@ def _prediction(job: _Job, j: int, one: ScoreSet, total: torch.Tensor) -> Predic
 
 def _spread_note(correlations: Correlations) -> list[str]:
     """Say so where the predictions vary otherwise than for random subsets."""
-    spread, error = correlations.spread, correlations.spread_error
-    if abs(spread - 1) < max(4 * error, 0.3):
+    if correlations.spread == 1:
         return []
     return [
         (
-            f"predictions vary {spread:.2g} times as much as for subsets of single examples "
-            f"drawn at random; were whole groups drawn?"
+            f"predictions vary {correlations.spread:.2g} times as much as for subsets of "
+            f"single examples drawn at random, which is allowed for; were whole groups "
+            f"drawn?"
         )
     ]
 
