@@ -27,7 +27,11 @@ from trak.evaluation._cross_validation_estimate import (
     correlate,
     growth,
 )
-from trak.evaluation._cross_validation_maths import spearman_of
+from trak.evaluation._cross_validation_maths import (
+    noise_with_more,
+    project_reliability,
+    spearman_of,
+)
 from trak.evaluation._cross_validation_probes import (
     Probe,
     ScoreSet,
@@ -330,13 +334,13 @@ def _prediction(job: _Job, j: int, one: ScoreSet, total: torch.Tensor) -> Predic
 
 def _spread_note(correlations: Correlations) -> list[str]:
     """Say so where the predictions vary otherwise than for random subsets."""
-    spread, error = correlations.spread, correlations.spread_error
-    if abs(spread - 1) < max(4 * error, 0.3):
+    if correlations.spread == 1:
         return []
     return [
         (
-            f"predictions vary {spread:.2g} times as much as for subsets of single examples "
-            f"drawn at random; were whole groups drawn?"
+            f"predictions vary {correlations.spread:.2g} times as much as for subsets of "
+            f"single examples drawn at random, which is allowed for; were whole groups "
+            f"drawn?"
         )
     ]
 
@@ -354,24 +358,28 @@ def _over_checkpoints(best: Trial, count: int) -> dict[float, float]:
 
 def _over_columns(job: _Job, best: Trial, columns: Sequence[int]) -> dict[int, float]:
     """Give the LDS with fewer projected entries, and what twice as many would reach."""
-    if not columns:
-        return {}
-    means = {job.sizes.p: best.mean}
-    for size in sorted({*columns} - {job.sizes.p}):
+    p, count = job.sizes.p, len(job.checkpoints)
+    trials = {p: best}
+    for size in {*columns} - {p}:
         a, b = best.exponents
         measured = _measure(job, a, [b], [best.multiple], size)
-        trial = _trial(job, measured, best.exponents, best.multiple, 0, 0)
-        means[size] = trial.mean
-    means[2 * job.sizes.p] = _with_twice_the_columns(means, job.sizes.p)
-    return {size: spearman_of(mean) for size, mean in sorted(means.items())}
+        trials[size] = _trial(job, measured, best.exponents, best.multiple, 0, 0)
+    found = {size: spearman_of(trials[size].mean) for size in sorted(trials)}
+    if len(trials) < 2:
+        return found if columns else {}
+    below = max(size for size in trials if size < p)
+    return found | {2 * p: spearman_of(_with_twice(below, p, trials, count))}
 
 
-def _with_twice_the_columns(means: Mapping[int, float], p: int) -> float:
-    r"""Extrapolate :math:`1/r^2 = \alpha + \beta/p`, from the two largest numbers."""
-    below = max((size for size in means if size < p), default=p)
-    now, before = means[p], means[below]
-    if below == p or min(now, before) <= 0:
-        return now
-    slope = max(0.0, before**-2 - now**-2) / (1 / below - 1 / p)
-    left = now**-2 - slope / (2 * p)
-    return 1 / sqrt(left) if left > 1 else 1.0
+def _with_twice(below: int, p: int, trials: Mapping[int, Trial], count: int) -> float:
+    """Extrapolate in 1/p what is sure of the gain, or the noise if that says more."""
+    few, best = trials[below], trials[p]
+    noise = [1 / max(one.reliability, 1e-6) - 1 for one in (few, best)]
+    halved = noise_with_more(below, p, noise[0], noise[1], wanted=2 * p)
+    before, after = (
+        project_reliability(1 / (1 + one), count / (count // 2))
+        for one in (noise[1], halved)
+    )
+    sure = best.mean - few.mean - float(np.linalg.norm(best.null - few.null))
+    ratio = (1 / p - 1 / (2 * p)) / (1 / below - 1 / p)
+    return max(best.mean * sqrt(after / before), best.mean + ratio * sure)

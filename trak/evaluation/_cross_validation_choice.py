@@ -50,8 +50,8 @@ class Trial:
         r"""Tell how far other subsets, retrainings and targets would move the mean.
 
         The variance without any correlation, known from probes, is multiplied with
-        :math:`1 - r^2/2`, which is what normal variables have at correlation ``r`` where
-        one's variance is known and the other's is not.
+        :math:`1 - r^2 (k-1)/k`. For normal variables and many models ``k`` it would be
+        :math:`(1 - r^2)^2`; with few, ``r`` is too uncertain to count on that.
 
         Args:
             n_held_out: Models whose outputs were predicted.
@@ -63,7 +63,7 @@ class Trial:
         between = 0.0
         if len(self.per_target) > 1:
             between = max(0.0, float(self.per_target.var(ddof=1)) - noise)
-        shrunk = 1 - min(1.0, self.mean**2) / 2
+        shrunk = 1 - min(1.0, self.mean**2) * (1 - 1 / n_held_out)
         null = shrunk * float(self.null @ self.null)
         return sqrt(null + between / len(self.per_target))
 

@@ -45,10 +45,8 @@ class Correlations:
     variance of the estimate."""
 
     spread: float
-    """Variance of the predictions, over what it is for random subsets."""
-
-    spread_error: float
-    """The standard error of that; infinite where it is not known."""
+    """Variance of the predictions over what it is for random subsets of single examples;
+    1 where it is not clearly another one. It is allowed for."""
 
 
 def standardized(outputs: Float64[np.ndarray, "j m"]) -> Float64[np.ndarray, "j m"]:
@@ -85,34 +83,49 @@ def correlate(
 
     .. math:: \hat r = \frac{1}{c_4 (k - 1)} \sum_{j=1}^{k} u_j \frac{f_j - \bar f}{s}
 
-    which is unbiased for outputs that are normal and linear in :math:`u`.
+    which is unbiased for outputs that are normal and linear in :math:`u`. Its noise is
+    lowered by what is known: the squares of :math:`u_j` are 1 on average, and where they
+    happen to be larger, so are the products, by about half the correlation times that.
+    The correlation there is that of the other models, or it would not stay unbiased.
 
     Args:
-        predicted: One prediction for each model.
+        predicted: One prediction for each model; two or more.
         outputs: Outputs of the models. Shape ``(j, m)``.
 
     Returns:
         The correlations.
     """
     real = standardized(outputs)
-    k, w, m = predicted[0].own.shape
-    total = np.zeros((k, w, m))
-    null, spreads, errors = [], [], []
-    for one, output in zip(predicted, real, strict=True):
-        unit = _inverse_deviation(one)
-        guess = one.own * unit
-        total += guess * output
-        size = sqrt(one.variance)
-        null.append(np.einsum("kwvm,kwm->kwv", one.probes, unit * output) * size / m)
-        spreads.append(float((guess**2).mean()))
-        errors.append(_spread_error(one, unit))
-    count = len(predicted) - 1
+    m = outputs.shape[1]
+    count = len(predicted)
+    units = [_inverse_deviation(one) for one in predicted]
+    guesses = [one.own * unit for one, unit in zip(predicted, units, strict=True)]
+    spread = np.mean(np.square(guesses), axis=(0, 3))
+    error = float(np.mean([_spread_error(one) for one in predicted])) / sqrt(count)
+    is_other = np.abs(spread - 1) > np.maximum(4 * error, 0.3)
+    scale = 1 / np.sqrt(np.where(is_other & (spread > 0), spread, 1.0))[:, :, None]
+    products, null = [], []
+    for one, unit, guess, output in zip(predicted, units, guesses, real, strict=True):
+        products.append(guess * scale * output * (count / (count - 1)))
+        size = sqrt(one.variance) / m / (count - 1)
+        found = np.einsum("kwvm,kwm->kwv", one.probes, unit * scale * output) * size
+        null.append(found)
+    squares = np.square(np.stack(guesses) * scale)
     return Correlations(
-        per_target=total / count,
-        null=np.concatenate(null, axis=2) / count,
-        spread=float(np.mean(spreads)),
-        spread_error=float(np.mean(errors)) / sqrt(len(errors)),
+        per_target=_steadied(np.stack(products), squares).mean(axis=0),
+        null=np.concatenate(null, axis=2),
+        spread=float(spread[is_other].mean()) if is_other.any() else 1.0,
     )
+
+
+def _steadied(
+    products: Float64[np.ndarray, "j k w m"], squares: Float64[np.ndarray, "j k w m"]
+) -> Float64[np.ndarray, "j k w m"]:
+    """Take from products what squares that are not 1 add to them."""
+    means = products.mean(axis=3, keepdims=True)
+    others = (means.sum(axis=0) - means) / (len(means) - 1)
+    result: np.ndarray = products - others.clip(-1.0, 1.0) / 2 * (squares - 1)
+    return result
 
 
 def _inverse_deviation(one: Prediction) -> Float64[np.ndarray, "k w m"]:
@@ -126,12 +139,23 @@ def _inverse_deviation(one: Prediction) -> Float64[np.ndarray, "k w m"]:
     return inverse
 
 
-def _spread_error(one: Prediction, unit: Float64[np.ndarray, "k w m"]) -> float:
-    """Give how much the mean square of a prediction would vary between subsets."""
+def _spread_error(one: Prediction) -> float:
+    """Give how much the mean square of a prediction varies between subsets.
+
+    For normal variables its variance is twice the mean of their squared correlations.
+
+    Returns:
+        The standard deviation of that mean over targets.
+    """
+    units = one.probes[0, 0] * (_inverse_deviation(one)[0, 0] * sqrt(one.variance))
+    v, m = units.shape
     if one.draws is None:
-        return float("inf")
-    squares = (one.probes[0, 0] * unit[0, 0]) ** 2 * one.variance * one.draws
-    return float(squares.mean(axis=1).std())
+        small = units @ units.T if v <= m else units.T @ units
+        squares = float((small**2).sum())
+        return sqrt(2 * squares) / float(m)
+    # The mean square of every draw is that of a subset.
+    deviation = float((units**2).mean(axis=1).std())
+    return deviation * one.draws
 
 
 def agreement(

@@ -113,6 +113,29 @@ def project_reliability(reliability: float, factor: float | int) -> float:
     return factor * bounded / (1 + (factor - 1) * bounded)
 
 
+def noise_with_more(
+    fewer: int, more: int, with_fewer: float, with_more: float, *, wanted: int
+) -> float:
+    r"""Extrapolate noise :math:`\alpha + \beta / p` to more projected entries.
+
+    Args:
+        fewer: A number of entries.
+        more: A larger one.
+        with_fewer: The noise with the first.
+        with_more: The noise with the second; if it is larger, more do not help.
+        wanted: A number that is larger still.
+
+    Returns:
+        The noise, not below 0.
+
+    Example:
+        >>> noise_with_more(8, 16, 3.0, 2.0, wanted=32)
+        1.5
+    """
+    slope = max(0.0, with_fewer - with_more) / (1 / fewer - 1 / more)
+    return max(0.0, with_more - slope * (1 / more - 1 / wanted))
+
+
 def peak_of_parabola(positions: Sequence[float], values: Sequence[float]) -> float:
     """Find where the parabola through three points is largest.
 
