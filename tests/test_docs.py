@@ -137,30 +137,32 @@ def store(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Path:
     x = torch.randn(N, 3, generator=generator)
     y = torch.arange(N) % 2
     model = torch.nn.Linear(3, 2)
-    traker = TRAKer(
-        model,
-        "image_classification",
-        N,
-        save_dir,
-        proj_dim=P,
-        use_half_precision=request.param,
-        logging_level=logging.WARNING,
-    )
+    options = {
+        "proj_dim": P,
+        "use_half_precision": request.param,
+        "logging_level": logging.WARNING,
+    }
+    traker = TRAKer(model, "image_classification", N, save_dir, **options)
     checkpoints = [
         {"weight": torch.randn(2, 3, generator=generator), "bias": torch.zeros(2)}
         for _ in range(2)
     ]
     for checkpoint in checkpoints:
-        traker.load_checkpoint(checkpoint)
+        traker.load_checkpoint(checkpoint, train_inds=[0, 2])
         traker.featurize((x, y))
     traker.finalize_features([0])
     traker.finalize_features([1], del_grads=True)
-    traker.saver.load_current_store(0)
-    assert traker.saver.current_store["features"].shape == (N, P)
     for checkpoint in checkpoints:
         traker.start_scoring_checkpoint(checkpoint, exp_name="one", num_targets=M)
         traker.score((x[:M], y[:M]))
     traker.finalize_scores("one")
+    # Either kind of Gram matrix.
+    paper = TRAKer(
+        model, "image_classification", N, save_dir, exponents=(0.0, 1.0), **options
+    )
+    paper.finalize_features([0])
+    paper.saver.load_current_store(0)
+    assert paper.saver.current_store["features"].shape == (N, P)
     return save_dir
 
 
@@ -204,10 +206,11 @@ def test_store_arrays(store: Path) -> None:
 
 def test_store_keys() -> None:
     found = tables(STORE)
-    specs = {code(row[1]): code(row[0]) for row in found["Arrays of a checkpoint"]}
+    specs = {(code(row[1]), code(row[0])) for row in found["Arrays of a checkpoint"]}
     kept = {**_layout.TRAIN_ARRAYS, **_layout.DERIVED_ARRAYS}
     assert specs == {
-        key: spec.path.replace("{model}", "<id>") for key, spec in kept.items()
+        (key.removeprefix("weighted_"), spec.path.replace("{model}", "<id>"))
+        for key, spec in kept.items()
     }
     rows = {code(row[1]) for row in found["Arrays of an experiment"]}
     assert rows == {f"<exp>_{key}" for key in [*_layout.TARGET_ARRAYS, "scores"]}

@@ -136,7 +136,7 @@ def test_which_computers_are_blocked() -> None:
 def test_descriptions_tell_class_damping_and_exponents() -> None:
     assert describe(BasicScoreComputer()) == "BasicScoreComputer, lambda_reg='auto'"
     assert describe(BasicScoreComputer(lambda_reg=0.5)).endswith("lambda_reg=0.5")
-    assert describe(BasicScoreComputer(exponents=(0, 0.5))).endswith("'auto'")
+    assert describe(BasicScoreComputer(exponents=(0.0, 0.5))).endswith("'auto'")
     weighted = BasicScoreComputer(exponents=(0.25, 0.5))
     assert describe(weighted).endswith("lambda_reg='auto', exponents=(0.25, ...)")
     text = "lambda_reg='auto', exponents=(0.25, 0.5)"

@@ -164,7 +164,7 @@ def test_scoring_from_features_alone(tmp_path: Path, p: int, twice: bool) -> Non
 
 def test_features_are_made_when_asked_for(tmp_path: Path) -> None:
     problem = classification(mlp(), 4)
-    traker = make(problem, tmp_path)
+    traker = make(problem, tmp_path, exponents=(0.0, 1.0))
     featurize(traker, problem)
     with pytest.raises(KeyError, match="features"):
         traker.saver.current_store["features"]

@@ -146,6 +146,10 @@ class Features:
         is_finalized = bool(self.saver.model_ids[model_id].get("is_finalized"))
         if not (is_finalized and self.is_current(model_id)):
             return False
+        store = self.saver.current_store
+        keeps_gram = self.on_demand and isinstance(self.saver, MmapSaver)
+        if keeps_gram and "grads" in store and "gram" not in store:
+            return False  # a process that made another one was killed
         return has_features(self.saver, on_demand=self.on_demand)
 
     @property

@@ -311,9 +311,11 @@ def _prove(projector: AdditiveProjector, device: str) -> float:
     slope = error / (1 - chance)
     grads = {"weight": slope[:, :, None] * data.double()[:, None, :], "bias": slope}
     rows = projector.project(grads, model_id=0).double() / 51**0.5
-    kernel = rows.T @ rows
+    weighted = (1 - chance) ** 0.25 * rows
+    kernel = weighted.T @ weighted
     kernel.diagonal().add_(kernel.diagonal().mean())
-    expected = (rows @ torch.linalg.solve(kernel, rows.T) * (1 - chance)).cpu()
+    found = weighted @ torch.linalg.solve(kernel, rows.T)
+    expected = (found * (1 - chance) ** 0.25).cpu()
     distance = float((scores - expected).abs().max() / expected.abs().max())
     if not distance < 1e-4:
         raise BackendError(

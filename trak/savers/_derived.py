@@ -74,11 +74,12 @@ class Derived:
         if not (is_same and holds(place, values, label)):
             features.unlink(missing_ok=True)
             store.pop("features", None)
-        with _layout.new_array(*place, label) as array:
-            array[:] = values
+        # Before the new one: whoever finds none finalizes again, and nothing is left over.
         for key in ("gram", "weighted_gram"):
             if key != self._gram[0]:
                 self._place(key)[0].unlink(missing_ok=True)
+        with _layout.new_array(*place, label) as array:
+            array[:] = values
         store["gram"] = _layout.open_array(*place, label=label)
 
 
