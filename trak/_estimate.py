@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from trak._probes import (
 from trak._score_costs import Cost, finalize_cost, scores_cost, whole_cost
 from trak._seams import Parts, another_computer, build_parts, store_metadata
 from trak._types import Batch, GradWrt
+from trak._validating import DAMPING, DampingChoice
 from trak.errors import BatchError
 from trak.gradient_computers import HookGradientComputer, working_bytes
 from trak.savers import AbstractSaver, MmapSaver, StoreSizes, store_sizes
@@ -328,7 +329,13 @@ def _files(parts: Parts, sizes: Sizes) -> StoreSizes:
         finalized,
         half=parts.options.use_half_precision,
         derived=derived,
-        scored_with=describe(computer, scores=True),
+        scored={
+            "finalized_with": describe(computer, scores=True),
+            "soft_threshold": None,
+            DAMPING: asdict(
+                DampingChoice(1.0, f"the default: {sizes.c} are few", None)
+            ),
+        },
         num_targets=sizes.m,
         num_checkpoints=sizes.c,
         exp_name="default",

@@ -80,6 +80,7 @@ def fit(
     n: int,
     p: int,
     zeros: ZeroRows | None = None,
+    multiple: float = 1.0,
 ) -> tuple[Float64[Tensor, "q q"], Kernel]:
     """Compute, or read, a checkpoint's Gram matrix, and factor it.
 
@@ -92,6 +93,7 @@ def fit(
         n: Number of training examples.
         p: Projected entries.
         zeros: Takes note of rows that are zero, if rows are read at all.
+        multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
 
     Returns:
         The Gram matrix and the damped kernel.
@@ -100,7 +102,9 @@ def fit(
         gram = torch.from_numpy(np.array(store["gram"])).to(computer.device)
     else:
         gram = computer.gram(train_rows(computer, store, computer.device, zeros), n, p)
-    return gram, computer.kernel(gram, n, p)
+    if multiple == 1:  # subclasses may know no other
+        return gram, computer.kernel(gram, n, p)
+    return gram, computer.kernel(gram, n, p, multiple)
 
 
 def train_rows(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -13,7 +14,16 @@ from trak._finalizing import FeatureReport, read_reports
 from trak._options import positive
 from trak._scoring import Scoring, TopScores
 from trak._session import Session
+from trak._thresholds import parse_threshold
+from trak._validating import (
+    DampingChoice,
+    Uncertainty,
+    Validation,
+    parse_targets,
+    read_choice,
+)
 from trak.errors import OptionError
+from trak.evaluation import CrossValidation
 from trak.savers import AbstractSaver
 
 
@@ -30,11 +40,18 @@ class Results(ABC):
     _features: Features
     _scoring: Scoring
     _session: Session
+    _validation: Validation
 
     @property
     def reports(self) -> dict[int, FeatureReport]:
         """What finalizing found about each checkpoint, by model id."""
         return read_reports(self.saver.model_ids)
+
+    @property
+    def dampings(self) -> dict[str, DampingChoice]:
+        """The damping of each experiment's scores, and what chose it, by name."""
+        found = {k: read_choice(one) for k, one in self.saver.experiments.items()}
+        return {name: choice for name, choice in found.items() if choice is not None}
 
     def finalize_features(
         self,
@@ -64,6 +81,8 @@ class Results(ABC):
         exp_name: str | None = None,
         model_ids: Iterable[int] | None = None,
         allow_skip: bool = False,  # noqa: FBT001  0.3.2's signature
+        *,
+        soft_threshold: float | str | None = None,
     ) -> Float32[np.ndarray, "n m"]:
         r"""Compute the scores of an experiment, averaged over checkpoints.
 
@@ -76,6 +95,9 @@ class Results(ABC):
             model_ids: The checkpoints; None for all in the store.
             allow_skip: Whether checkpoints without features or targets are left out
                 with a log message.
+            soft_threshold: How far scores are shrunk towards 0: a number in their units,
+                or ``"auto"`` for what predicts checkpoints that are left out best, if
+                anything does. None leaves them as they are.
 
         Returns:
             The scores, mapped into memory from the store's file; changes stay in
@@ -86,10 +108,15 @@ class Results(ABC):
             ModelIDException: If a checkpoint is not finalized.
             StoreMismatchError: If one was finalized with another damping.
             NonFiniteError: If a score is not finite.
+            OptionError: If ``soft_threshold`` is none, or checkpoints cannot choose it.
         """
+        threshold = parse_threshold(soft_threshold)
         exp_name, ids = self._session.select(exp_name, model_ids)
         ids = self._scoring.usable(exp_name, ids, allow_skip=allow_skip)
-        self.scores = self._scoring.write_scores(exp_name, ids)
+        multiple = self._validation.choose(exp_name, ids).multiple
+        if threshold is None:
+            threshold = self._validation.threshold(exp_name, ids, multiple)
+        self.scores = self._scoring.write_scores(exp_name, ids, multiple, threshold)
         return self.scores
 
     def top_k(
@@ -124,7 +151,8 @@ class Results(ABC):
             )
         exp_name, ids = self._session.select(exp_name, model_ids)
         ids = self._scoring.usable(exp_name, ids, allow_skip=allow_skip)
-        return self._scoring.top_k(exp_name, ids, int(k), largest=largest)
+        multiple = self._validation.choose(exp_name, ids).multiple
+        return self._scoring.top_k(exp_name, ids, int(k), multiple, largest=largest)
 
     def self_influence(
         self, model_ids: Iterable[int] | None = None
@@ -146,3 +174,72 @@ class Results(ABC):
         """
         ids = self._session.choose(model_ids, for_scores=True)
         return self._scoring.self_influence(ids)
+
+    def cross_validate(
+        self,
+        exp_name: str | None = None,
+        model_ids: Iterable[int] | None = None,
+        **options: Any,
+    ) -> CrossValidation:
+        """Estimate how good the scores are, from the checkpoints alone.
+
+        Each checkpoint's outputs on the targets are predicted from the scores of the
+        others, summed over what it was trained on. That needs two or more checkpoints,
+        loaded with ``train_inds``, each trained on a random part of the training set.
+
+        Args:
+            exp_name: As in :meth:`finalize_scores`.
+            model_ids: As in :meth:`finalize_scores`.
+            **options: Those of :func:`trak.evaluation.cross_validate`: ``multiples``,
+                ``exponents``, ``columns``, ``max_targets``, ``n_probes``, ``seed``. The
+                exponents are those of this TRAKer if they are left out.
+
+        Returns:
+            The expected LDS with its interval, over dampings, exponents and numbers of
+            checkpoints; print it for a table.
+
+        Raises:
+            ModelIDException: If a checkpoint has no ``train_inds``, or its gradients were
+                deleted.
+            ExperimentError: If targets, or the model's outputs on them, are missing.
+            OptionError: If there are too few checkpoints, two had the same training set,
+                all were trained on everything, or an option cannot work.
+            NonFiniteError: If an output is not finite.
+        """
+        exp_name, ids = self._session.select(exp_name, model_ids)
+        ids = self._scoring.usable(exp_name, ids, allow_skip=False)
+        return self._validation.cross_validate(exp_name, ids, **options)
+
+    def uncertainty(
+        self,
+        exp_name: str | None = None,
+        k: int = 10,
+        *,
+        targets: Sequence[int] | np.ndarray | None = None,
+        model_ids: Iterable[int] | None = None,
+    ) -> Uncertainty:
+        """Estimate how much scores would differ with other checkpoints.
+
+        Args:
+            exp_name: As in :meth:`finalize_scores`.
+            k: How many examples count as a target's top, below ``n``.
+            targets: Indices of the targets to look at; None for all.
+            model_ids: As in :meth:`finalize_scores`.
+
+        Returns:
+            ``standard_errors``, of shape ``(n, len(targets))``, of the scores before any
+            soft threshold; and ``top_k``, how much of each target's top examples would
+            come again.
+
+        Raises:
+            OptionError: If there are fewer than 2 checkpoints, or ``k`` or ``targets``
+                are out of range.
+        """
+        exp_name, ids = self._session.select(exp_name, model_ids)
+        ids = self._scoring.usable(exp_name, ids, allow_skip=False)
+        m = int(self.saver.experiments[exp_name]["num_targets"])
+        chosen = parse_targets(targets, m)
+        multiple = self._validation.choose(exp_name, ids).multiple
+        return self._validation.uncertainty(
+            exp_name, ids, multiple, chosen, positive("k", k)
+        )

@@ -23,6 +23,7 @@ from trak._readiness import (
     require_finalized,
 )
 from trak._reading import read_array, read_rows
+from trak._thresholds import SoftThreshold
 from trak._topk import TopK
 from trak.errors import (
     ExperimentError,
@@ -120,12 +121,15 @@ class Scoring:
                     f"checkpoint out."
                 )
 
-    def blocks(self, exp_name: str, model_ids: Sequence[int]) -> Iterator[Block]:
+    def blocks(
+        self, exp_name: str, model_ids: Sequence[int], multiple: float = 1.0
+    ) -> Iterator[Block]:
         """Compute the scores of an experiment, averaged over checkpoints.
 
         Args:
             exp_name: The experiment.
             model_ids: Checkpoints that :meth:`usable` gave.
+            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
 
         Yields:
             Blocks that cover the ``(n, m)`` matrix: all rows of some columns, then the
@@ -135,7 +139,7 @@ class Scoring:
             NonFiniteError: If a score is not finite.
         """
         m = int(self._saver.experiments[exp_name]["num_targets"])
-        sides = [self._side(model_id, exp_name, m) for model_id in model_ids]
+        sides = [self.side(i, exp_name, m, multiple) for i in model_ids]
         weight = torch.from_numpy(np.mean([weight for _, weight in sides], axis=0))
         blocked = as_blocked(self._computer)
         if blocked is not None:
@@ -170,9 +174,21 @@ class Scoring:
         total *= (weight / len(sides)).float()[:, None]
         yield Block((0, self.features.n), (0, m), total)
 
-    def _side(
-        self, model_id: int, exp_name: str | None, m: int = 0
+    def side(
+        self, model_id: int, exp_name: str | None, m: int = 0, multiple: float = 1.0
     ) -> tuple[Side, Float64[np.ndarray, " n"]]:
+        """Give a checkpoint's part in the scores.
+
+        Args:
+            model_id: A checkpoint that can be used.
+            exp_name: The experiment; None if the targets are the training examples.
+            m: Its number of targets.
+            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
+
+        Returns:
+            Readers of its rows, with its kernel; and its out-to-loss weights, of shape
+            ``(n,)``.
+        """
         saver = self._saver
         saver.load_current_store(model_id)
         # A copy: savers may put the next checkpoint's arrays into the same dictionary.
@@ -192,17 +208,26 @@ class Scoring:
             return Side(train, targets or train, None), weight
 
         def kernel() -> Kernel:
-            return finalizing.fit(blocked, store, self.features.n, self.features.p)[1]
+            n, p = self.features.n, self.features.p
+            return finalizing.fit(blocked, store, n, p, multiple=multiple)[1]
 
         train = finalizing.train_rows(blocked, store, self.features.device)
         return Side(train, targets or train, kernel), weight
 
-    def write_scores(self, exp_name: str, model_ids: Sequence[int]) -> np.ndarray:
+    def write_scores(
+        self,
+        exp_name: str,
+        model_ids: Sequence[int],
+        multiple: float,
+        threshold: SoftThreshold,
+    ) -> np.ndarray:
         """Write the scores of an experiment block by block.
 
         Args:
             exp_name: The experiment.
             model_ids: Checkpoints that :meth:`usable` gave.
+            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
+            threshold: What happens to small scores.
 
         Returns:
             The ``(n, m)`` scores, mapped from their file; changes stay in memory.
@@ -210,15 +235,24 @@ class Scoring:
         record = self._saver.experiments[exp_name]
         made_with = describe(self._computer, scores=True)
         record.update(model_ids=[*model_ids], finalized_with=made_with)
-        with self._saver.open_scores(exp_name, int(record["num_targets"])) as array:
-            for block in self.blocks(exp_name, model_ids):
+        record["soft_threshold"] = threshold.describe()
+        m = int(record["num_targets"])
+        with self._saver.open_scores(exp_name, m) as array:
+            for block in self.blocks(exp_name, model_ids, multiple):
                 array[slice(*block.rows), slice(*block.columns)] = block.values.cpu()
+            threshold.apply(array, self.features.n, m)
         self._saver.save_scores(exp_name)
         scores: np.ndarray = self._saver.current_store[f"{exp_name}_scores"]
         return scores
 
     def top_k(
-        self, exp_name: str, model_ids: Sequence[int], k: int, *, largest: bool
+        self,
+        exp_name: str,
+        model_ids: Sequence[int],
+        k: int,
+        multiple: float,
+        *,
+        largest: bool,
     ) -> TopScores:
         """Find every target's best training examples without the ``(n, m)`` matrix.
 
@@ -226,6 +260,7 @@ class Scoring:
             exp_name: The experiment.
             model_ids: Checkpoints that :meth:`usable` gave.
             k: How many.
+            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
             largest: Whether the most helpful, or the most harmful.
 
         Returns:
@@ -233,7 +268,7 @@ class Scoring:
         """
         finished: list[TopK] = []
         columns: tuple[int, int] | None = None
-        for block in self.blocks(exp_name, model_ids):
+        for block in self.blocks(exp_name, model_ids, multiple):
             if block.columns != columns:
                 columns = block.columns
                 finished.append(TopK(k, columns[1] - columns[0], largest=largest))
@@ -270,7 +305,7 @@ class Scoring:
             require_finalized(self._saver, model_id)
             self.features.check_same(model_id)
             require_features(self._saver, model_id, on_demand=self.features.on_demand)
-            side, weight = self._side(model_id, None)
+            side, weight = self.side(model_id, None)
             row_weights = blocked.exponents.row_weights(weight)
             found = blocked.self_influence(
                 side, self.features.n, self.features.p, row_weights

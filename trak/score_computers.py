@@ -196,13 +196,16 @@ class BasicScoreComputer(AbstractScoreComputer):
             rows = features[low:high].to(self.device, torch.float32)
             accumulator[low:high] += product(rows, targets).to(accumulator.device)
 
-    def kernel(self, xtx: Float64[Tensor, "q q"], n: int, p: int) -> Kernel:
+    def kernel(
+        self, xtx: Float64[Tensor, "q q"], n: int, p: int, multiple: float = 1.0
+    ) -> Kernel:
         """Damp and factor a Gram matrix of the features.
 
         Args:
             xtx: The smaller of the two Gram matrices, or the ``(p, p)`` one.
             n: Number of training examples.
             p: Projected entries.
+            multiple: How many mean eigenvalues ``"auto"`` stands for.
 
         Returns:
             What solves with it.
@@ -222,7 +225,7 @@ class BasicScoreComputer(AbstractScoreComputer):
                 f"a number > 0, a proj_dim below {n}, or lambda_reg='pinv' if the "
                 f"undamped limit is what you want."
             )
-        return damp(xtx, self._damping.ridge(average))
+        return damp(xtx, self._damping.ridge(average * multiple))
 
     def gram(self, train: RowReader, n: int, p: int) -> Float64[Tensor, "q q"]:
         """Sum the smaller Gram matrix of the training gradients."""

@@ -22,6 +22,7 @@ from trak._scoring import Scoring
 from trak._seams import build_parts, build_saver, check_same_projector
 from trak._session import Session
 from trak._types import Batch, GradWrt, Weights
+from trak._validating import Validation
 from trak.errors import OptionError
 from trak.gradient_computers import HookGradientComputer
 from trak.projectors import AbstractProjector
@@ -56,8 +57,9 @@ class TRAKer(Results):
         projector_seed: Seed of the projection.
         grad_wrt: Names or globs of the parameters to differentiate, or a predicate on
             (name, parameter); None for all that require gradients.
-        lambda_reg: Damping. ``"auto"`` adds one mean eigenvalue to the kernel's
-            diagonal; a number adds that; ``"pinv"`` takes the undamped limit.
+        lambda_reg: Damping. ``"auto"`` adds a multiple of the mean eigenvalue to the
+            kernel's diagonal: the one that cross-validation of the checkpoints chose, and
+            once where it cannot; a number adds that; ``"pinv"`` takes the undamped limit.
         exponents: Powers ``(a, b)`` of the out-to-loss weight, on the rows of the
             training set and on the result. None for the task's where ``lambda_reg`` is
             ``"auto"``, and else for ``(0, 1)``, the paper's.
@@ -139,6 +141,7 @@ class TRAKer(Results):
             quiet=logging_level > logging.INFO,
         )
         self._scoring = Scoring(self._features)
+        self._validation = Validation(self._scoring)
         if isinstance(self.saver, MmapSaver):
             self.saver.make_features = self._features.make_features
         self.scores: np.ndarray | None = None

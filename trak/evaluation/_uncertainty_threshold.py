@@ -21,7 +21,8 @@ from trak.evaluation._cross_validation_choice import Trial, choose, tabulate
 from trak.evaluation._cross_validation_estimate import Prediction, correlate
 from trak.evaluation._uncertainty import checked, combine
 
-_TARGETS = 64  # that a threshold is chosen on, at most
+TARGETS = 64
+"""Targets that a threshold is chosen on, at most."""
 
 SHARES = (1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01)
 """Shares of the scores that thresholds are tried to keep."""
@@ -148,7 +149,7 @@ def choose_threshold(
             f"choose a threshold; train at least 3."
         )
     real = outputs[held].astype(np.float64)
-    targets, _ = varying(real, _TARGETS)
+    targets, _ = varying(real, TARGETS)
     tried = tuple(dict.fromkeys([1.0, *map(float, shares)]))
     trials = []
     for share in tried:

@@ -48,7 +48,7 @@ def store_sizes(
     *,
     half: bool,
     derived: str,
-    scored_with: str,
+    scored: Mapping[str, Any],
     num_targets: int,
     num_checkpoints: int,
     exp_name: str,
@@ -62,7 +62,7 @@ def store_sizes(
             of about the right length.
         half: Whether rows are stored in float16.
         derived: What finalizing makes: ``"gram"`` or ``"features"``.
-        scored_with: What the record of scores says that they were computed with.
+        scored: What scoring adds to an experiment's record besides ``model_ids``.
         num_targets: Targets, ``m``.
         num_checkpoints: Checkpoints, ``c``.
         exp_name: Name of the experiment.
@@ -81,11 +81,7 @@ def store_sizes(
         "scores_path": str(places.scores(exp_name)),
         "scores_finalized": 0,
     }
-    scored = {
-        **started,
-        "model_ids": [*range(num_checkpoints)],
-        "finalized_with": scored_with,
-    }
+    scored = {**started, "model_ids": [*range(num_checkpoints)], **scored}
     made = {derived: _layout.DERIVED_ARRAYS[derived]}
     label = 0 if derived == "gram" else len(label_of(""))
     experiment = _record(started) + _record({exp_name: started})

@@ -1,0 +1,357 @@
+"""How good stored checkpoints' scores are, and the damping that is best for them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from trak._blocked import KEPT, Shape, Side, score_blocks
+from trak._linalg import RowReader, spans
+from trak._memory import TILE
+from trak._reading import read_rows
+from trak._scoring import Scoring
+from trak._thresholds import SoftThreshold
+from trak.errors import (
+    ExperimentError,
+    ModelIDException,
+    NonFiniteError,
+    OptionError,
+)
+from trak.evaluation import (
+    CheckpointData,
+    CrossValidation,
+    TopKStability,
+    choose_threshold,
+    cross_validate,
+    standard_errors,
+    top_k_stability,
+)
+from trak.evaluation._cross_validation import MIN_TO_CHOOSE
+from trak.evaluation._uncertainty_threshold import TARGETS
+from trak.score_computers import BasicScoreComputer, as_blocked
+
+logger = logging.getLogger("TRAK")
+
+DAMPING = "damping"
+"""Key of an experiment's record, for the choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class DampingChoice:
+    """Which damping the scores of an experiment have, and why."""
+
+    multiple: float
+    """In mean eigenvalues of each checkpoint's kernel; 1 unless it was chosen."""
+
+    reason: str
+    """What chose it, or why nothing did."""
+
+    lds: float | None
+    """The expected LDS, where checkpoints were cross-validated."""
+
+    basis: str | None = None
+    """Hash of what it was chosen for; None where nothing was."""
+
+    def __str__(self) -> str:
+        return f"damping of {self.multiple:.3g} mean eigenvalues ({self.reason})"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Uncertainty:
+    """How much scores would differ with other checkpoints."""
+
+    standard_errors: Float32[np.ndarray, "n k"]
+    """Standard error of every score."""
+
+    top_k: TopKStability
+    """How much of each target's top examples would come again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """What compares stored checkpoints with each other."""
+
+    scoring: Scoring
+
+    def cross_validate(
+        self, exp_name: str, model_ids: Sequence[int], **options: Any
+    ) -> CrossValidation:
+        """Predict each checkpoint's outputs from the other checkpoints' scores.
+
+        Args:
+            exp_name: The experiment.
+            model_ids: Checkpoints that can be used.
+            **options: Those of :func:`trak.evaluation.cross_validate`.
+
+        Returns:
+            What was found.
+        """
+        blocked = self._blocked("cross_validate")
+        if options.get("exponents") is None:
+            options["exponents"] = (tuple(blocked.exponents),)
+        features = self.scoring.features
+        m = self._targets(exp_name)
+        data = [self._data(exp_name, model_id, m) for model_id in model_ids]
+        return cross_validate(data, features.n, m, features.p, **options)
+
+    def _blocked(self, call: str) -> BasicScoreComputer:
+        computer = self.scoring.features.computer
+        blocked = as_blocked(computer)
+        if blocked is None:
+            raise OptionError(
+                f"{call} needs the kernels of BasicScoreComputer; "
+                f"{type(computer).__name__} replaces them. Make a TRAKer on the same "
+                f"save_dir without score_computer=."
+            )
+        return blocked
+
+    def _targets(self, exp_name: str) -> int:
+        return int(self.scoring.features.saver.experiments[exp_name]["num_targets"])
+
+    def _data(self, exp_name: str, model_id: int, m: int) -> CheckpointData:
+        features = self.scoring.features
+        saver, device = features.saver, features.device
+        members = saver.members(model_id)
+        if members is None or len(members) != features.n:
+            raise ModelIDException(
+                f"it is not known what model id {model_id} was trained on; pass "
+                f"train_inds to load_checkpoint, which need not featurize again."
+            )
+        saver.load_current_store(model_id)
+        store = dict(saver.current_store)
+        if store.get("grads") is None:
+            raise ModelIDException(
+                f"the gradients of model id {model_id} were deleted by del_grads=True, and "
+                f"cross-validation needs them; featurize again without it."
+            )
+        saver.load_current_store(model_id, exp_name, m)
+        outputs = saver.current_store.get(f"{exp_name}_outputs")
+        if outputs is None:
+            raise ExperimentError(
+                f"experiment {exp_name!r} was scored on model id {model_id} without "
+                f"keeping the model's outputs, by an older version or a saver that has no "
+                f"place for them; score the targets again under another exp_name."
+            )
+        weights = np.asarray(store["out_to_loss"], dtype=np.float64).reshape(-1)
+        return CheckpointData(
+            read_rows(store, "", device),
+            read_rows(saver.current_store, f"{exp_name}_", device),
+            weights,
+            np.array(outputs, dtype=np.float64).reshape(-1),
+            members,
+        )
+
+    # -- damping ----------------------------------------------------------------------
+
+    def choose(self, exp_name: str, model_ids: Sequence[int]) -> DampingChoice:
+        """Choose the damping of an experiment's scores, where ``"auto"`` was asked for.
+
+        Args:
+            exp_name: The experiment.
+            model_ids: Checkpoints that can be used.
+
+        Returns:
+            The choice, which is on the experiment's record now.
+        """
+        record = self.scoring.features.saver.experiments[exp_name]
+        choice = self._reason_not_to(exp_name, model_ids)
+        if choice is None:
+            basis = self._basis(exp_name, model_ids)
+            known = read_choice(record)
+            if known is not None and known.basis == basis:
+                return known
+            choice = self._chosen(exp_name, model_ids, basis)
+        record[DAMPING] = asdict(choice)
+        logger.info("experiment %s: %s", exp_name, choice)
+        return choice
+
+    def _chosen(
+        self, exp_name: str, model_ids: Sequence[int], basis: str
+    ) -> DampingChoice:
+        try:
+            found = self.cross_validate(exp_name, model_ids)
+        except (OptionError, NonFiniteError) as error:
+            logger.warning("one mean eigenvalue is kept as damping: %s", error)
+            reason = f"cross-validation could not tell: {error}"
+            return DampingChoice(1.0, reason, None, basis)
+        low, high = found.interval
+        reason = (
+            f"cross-validation of {found.n_checkpoints} checkpoints, expected LDS "
+            f"{found.lds:.3f} [{low:.3f}, {high:.3f}]"
+        )
+        return DampingChoice(float(found.multiple), reason, float(found.lds), basis)
+
+    def _reason_not_to(
+        self, exp_name: str, model_ids: Sequence[int]
+    ) -> DampingChoice | None:
+        """Say why checkpoints cannot choose, before anything is computed."""
+        computer = self.scoring.features.computer
+        blocked = as_blocked(computer)
+        if blocked is None or blocked.damping.lambda_reg != "auto":
+            reason = f"lambda_reg={computer.lambda_reg!r}"
+            return DampingChoice(1.0, reason, None)
+        if len(model_ids) < MIN_TO_CHOOSE:
+            reason = (
+                f"the default: {len(model_ids)} checkpoints, and {MIN_TO_CHOOSE} choose"
+            )
+            return DampingChoice(1.0, reason, None)
+        m = self._targets(exp_name)
+        for model_id in model_ids:
+            try:
+                members = self._data(exp_name, model_id, m).members
+            except (ModelIDException, ExperimentError) as error:
+                return DampingChoice(1.0, f"the default: {error}", None)
+            if members.all():
+                reason = f"the default: model id {model_id} was trained on all examples"
+                return DampingChoice(1.0, reason, None)
+        return None
+
+    def _basis(self, exp_name: str, model_ids: Sequence[int]) -> str:
+        saver = self.scoring.features.saver
+        parts: list[Any] = [list(self._blocked("auto").exponents)]
+        for model_id in model_ids:
+            members = saver.members(model_id)
+            packed = b"" if members is None else np.packbits(members).tobytes()
+            weights = saver.model_ids[model_id].get("weights")
+            parts.append([model_id, weights, hashlib.blake2b(packed).hexdigest()])
+        text = json.dumps([exp_name, parts])
+        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+    # -- scores of each checkpoint ----------------------------------------------------
+
+    def threshold(
+        self, exp_name: str, model_ids: Sequence[int], multiple: float
+    ) -> SoftThreshold:
+        """Choose a soft threshold by predicting checkpoints from each other.
+
+        Args:
+            exp_name: The experiment.
+            model_ids: Checkpoints that can be used.
+            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
+
+        Returns:
+            The threshold; none where none is clearly better.
+        """
+        b = self._blocked("soft_threshold='auto'").exponents.result
+        m = self._targets(exp_name)
+        data = [self._data(exp_name, model_id, m) for model_id in model_ids]
+        chosen = np.unique(np.linspace(0, m - 1, min(m, TARGETS)).round().astype(int))
+        columns = [*self._columns(exp_name, model_ids, multiple, chosen)]
+        choice = choose_threshold(
+            np.concatenate([part for _, part in columns], axis=2),
+            np.stack([one.out_to_loss for one in data]),
+            np.stack([one.members for one in data]),
+            np.stack([one.outputs for one in data])[:, chosen],
+            exponent=b,
+        )
+        logger.info(
+            "experiment %s: a soft threshold keeps %.3g of the scores (%d targets)",
+            *(exp_name, choice.share, choice.n_targets),
+        )
+        return SoftThreshold(share=choice.share)
+
+    def uncertainty(
+        self,
+        exp_name: str,
+        model_ids: Sequence[int],
+        multiple: float,
+        targets: np.ndarray,
+        k: int,
+    ) -> Uncertainty:
+        """Compute standard errors of scores, and how stable the top is.
+
+        Args:
+            exp_name: The experiment.
+            model_ids: Checkpoints that can be used.
+            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
+            targets: The targets.
+            k: How many examples are on top.
+
+        Returns:
+            Both.
+        """
+        b = self._blocked("uncertainty").exponents.result
+        n, m = self.scoring.features.n, self._targets(exp_name)
+        sides = [self.scoring.side(i, exp_name, m)[1] for i in model_ids]
+        weights = np.stack(sides)
+        errors = np.empty((n, len(targets)), dtype=np.float32)
+
+        def noted() -> Iterator[np.ndarray]:
+            found = self._columns(exp_name, model_ids, multiple, targets)
+            for (low, high), kernels in found:
+                errors[:, low:high] = standard_errors(kernels, weights, exponent=b)
+                yield kernels
+
+        return Uncertainty(errors, top_k_stability(noted(), k, weights, exponent=b))
+
+    def _columns(
+        self,
+        exp_name: str,
+        model_ids: Sequence[int],
+        multiple: float,
+        targets: np.ndarray,
+    ) -> Iterator[tuple[tuple[int, int], Float32[np.ndarray, "c n w"]]]:
+        """Give the scores of each checkpoint, before the weight on the result."""
+        features, m = self.scoring.features, self._targets(exp_name)
+        n, p, c = features.n, features.p, len(model_ids)
+        sides = [self.scoring.side(i, exp_name, m, multiple)[0] for i in model_ids]
+        if 8 * min(n, p) ** 2 * c <= KEPT:
+            sides = [_remembered(side) for side in sides]
+        for low, high in spans(len(targets), max(1, TILE // (n * max(c, 1)))):
+            kernels = np.empty((c, n, high - low), dtype=np.float32)
+            shape = Shape(n, high - low, p, features.device)
+            ones = torch.ones(n, 1, dtype=torch.float32, device=features.device)
+            for one, side in zip(kernels, sides, strict=True):
+                part = replace(side, targets=_chosen(side.targets, targets[low:high]))
+                for block in score_blocks([part], ones, shape):
+                    rows, columns = slice(*block.rows), slice(*block.columns)
+                    one[rows, columns] = block.values.cpu().numpy()
+            yield (low, high), kernels
+
+
+def _remembered(side: Side) -> Side:
+    return side if side.kernel is None else replace(side, kernel=cache(side.kernel))
+
+
+def _chosen(read: RowReader, indices: np.ndarray) -> RowReader:
+    def reader(low: int, high: int) -> Tensor:
+        return torch.cat([read(i, i + 1) for i in indices[low:high].tolist()])
+
+    return reader
+
+
+def read_choice(record: Mapping[str, Any]) -> DampingChoice | None:
+    """Read the choice on an experiment's record, if there is one."""
+    found = record.get(DAMPING)
+    return None if found is None else DampingChoice(**found)
+
+
+def parse_targets(targets: object, m: int) -> np.ndarray:
+    """Parse which targets to look at.
+
+    Returns:
+        Their indices; all of them for None.
+
+    Raises:
+        OptionError: If there are none, or one is out of range.
+    """
+    if targets is None:
+        return np.arange(m)
+    array = np.atleast_1d(np.asarray(targets))
+    good = array.ndim == 1 and array.size > 0 and array.dtype.kind in "iu"
+    if not (good and array.min() >= 0 and array.max() < m):
+        raise OptionError(
+            f"targets={targets!r} are not targets of this experiment; pass indices from 0 "
+            f"to {m - 1}, or None for all."
+        )
+    return array.astype(np.int64)
