@@ -1,8 +1,7 @@
 """What trak is compared with, through the same public seam: score computers.
 
-The library multiplies what each of them gives by the same factor, the mean 1 - p of a
-training example over the checkpoints. So the methods differ only in what is done with
-the gradients.
+The library multiplies what each of them gives by the mean 1 - p of a training example over
+the checkpoints, as the paper does. So they differ only in what is done with the gradients.
 """
 
 from __future__ import annotations

@@ -295,8 +295,9 @@ def _reading(results: Results, ratios: list[float]) -> str:
         f"falls by {by_trak.mean():.1f}, and its odds by a factor of "
         f"{np.exp(by_trak.mean()):.0f}; without as many look-alikes of its label, by "
         f"{by_pixels.mean():.1f}. The rows above the last of the first table differ only "
-        f"in what is done with the gradients: each weighs a training digit by the same "
-        f"mean 1 - p."
+        f"in what is done with the gradients, and with how sure the checkpoints are of a "
+        f"training digit: trak takes the fourth root of its 1 - p, twice, and the others "
+        f"multiply by the mean of 1 - p."
     )
     return textwrap.fill(text, WIDTH)
 

@@ -686,7 +686,8 @@ def test_31_more_projected_entries_than_examples(tmp_path: Path) -> None:
     """0.3.2: with both defaults the scores were noise, without a warning."""
     projector = plugins.NormalProjector(D, 100, 0, "normal", "cpu")
     matrices = [projector.matrix(model_id) for model_id in range(2)]
-    found = run(tmp_path / "default", projector=projector, lambda_reg="auto")
+    options = {"lambda_reg": "auto", "exponents": (0.0, 1.0)}
+    found = run(tmp_path / "default", projector=projector, **options)
     assert_scores(found, textbook(matrices, ridge=None))
     traker = make(tmp_path / "zero", projector=projector, lambda_reg=0.0)
     featurize(traker, finalize=False)
