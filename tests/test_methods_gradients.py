@@ -143,7 +143,7 @@ def test_the_sign_is_that_of_the_loss_gradient(tmp_path):
         (GradientDot(shared), residuals[:, None] * kernel),
         (TracIn(shared, 0.5), 0.5 * residuals[:, None] * kernel),
         (GradientCosine(shared), residuals.sign()[:, None] * kernel / lengths),
-        (GAS(shared, 2), 2 * residuals.sign()[:, None] * kernel / lengths),
+        (GAS(shared, 2.0), 2 * residuals.sign()[:, None] * kernel / lengths),
     ]:
         assert_scores(torch.from_numpy(method.score([found.targets])), expected)
 
@@ -301,7 +301,7 @@ def test_a_pass_that_was_cut_short_is_gone_on_with(tmp_path):
     found = counting()
     expected = all_scores([GradientDot(gradients(found, tmp_path / "whole"))], found)
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     class Failing(list):
@@ -309,10 +309,10 @@ def test_a_pass_that_was_cut_short_is_gone_on_with(tmp_path):
             self.passes = getattr(self, "passes", 0) + 1
             for i, batch in enumerate(super().__iter__()):
                 if self.passes == 3 and i == 2:  # in the second checkpoint
-                    raise Stop
+                    raise StopError
                 yield batch
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         gradients(found, tmp_path / "cut").fit(Failing(cut(found.train, 3)))
     found.model.seen = 0
     resumed = gradients(found, tmp_path / "cut").fit(cut(found.train, 3))
@@ -411,7 +411,7 @@ def test_the_training_set_is_one(tmp_path):
 def test_iterators_are_refused(tmp_path):
     found = problem()
     shared = gradients(found, tmp_path)
-    with pytest.raises(BatchError, match="train is a list_iterator, .* only once"):
+    with pytest.raises(BatchError, match=r"train is a list_iterator, .* only once"):
         shared.fit(iter([found.train]))
     shared.fit([found.train])
     with pytest.raises(BatchError, match="targets is a generator"):
@@ -457,5 +457,7 @@ def test_learning_rates_are_one_a_checkpoint(tmp_path, untyped, kind, rates):
 def test_scores_that_overflow_are_refused(tmp_path):
     found = problem()
     method = TracIn(gradients(found, tmp_path), 3e38).fit([found.train])
-    with pytest.raises(NonFiniteError, match="TracIn scores .* smaller learning rates"):
+    with pytest.raises(
+        NonFiniteError, match=r"TracIn scores .* smaller learning rates"
+    ):
         method.score([found.targets])

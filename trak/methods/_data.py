@@ -13,7 +13,6 @@ from trak._batches import batch_size, canonical, row_digests
 from trak._types import Batch
 from trak.errors import BatchError
 
-
 NO_EXAMPLES = "{} has no examples; pass at least one batch."
 """What is wrong with batches that hold nothing."""
 
