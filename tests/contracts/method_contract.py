@@ -60,9 +60,10 @@ class MethodContract:
         return method.score(targets)
 
     @pytest.fixture(scope="class")
-    def usual(self, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
+    @classmethod
+    def usual(cls, tmp_path_factory: pytest.TempPathFactory) -> np.ndarray:
         """The scores, from batches of three."""
-        scores = self.scores(tmp_path_factory.mktemp("usual"))
+        scores = cls().scores(tmp_path_factory.mktemp("usual"))
         scores.setflags(write=False)
         return scores
 
