@@ -50,6 +50,9 @@ class Datamodels(OfBank):
     :math:`\tfrac{\alpha_j}{2} \|w\|_2^2`. The larger a ridge, the nearer the weights are,
     up to their scale, to :class:`EmpiricalInfluence`.
 
+    Where all subsets are of one size, a constant that is added to all weights of a target
+    changes no prediction but the intercept: ridge weights then have the mean zero.
+
     Without ``alpha`` it is chosen: for the lasso by cross-validation in five parts, for
     the ridge by leaving out one subset at a time, which has a closed form. Targets share
     the choice, in units of what their own outputs call for (a lasso's of at most 64
@@ -117,10 +120,9 @@ class Datamodels(OfBank):
             self._alphas = np.full(outputs.shape[1], float(self._alpha))
         else:
             errors = fitted.errors(everywhere=self._per_target)
-            relative = errors / np.where(errors[0] > 0, errors[0], 1.0)
-            best = relative.argmin(axis=0)
+            best = errors.argmin(axis=0)
             if not self._per_target:
-                best = np.full(outputs.shape[1], relative.mean(axis=1).argmin())
+                best = np.full(outputs.shape[1], errors.mean(axis=1).argmin())
             self._alphas = fitted.ratios[best] * fitted.unit
         # With all outputs the same nothing is to be explained, whatever the penalty.
         self._alphas[np.ptp(outputs, axis=0) == 0] = 0.0
@@ -139,7 +141,7 @@ class _Lasso:
         self.unit = np.abs(_Part(masks, outputs).products).max(axis=0) / len(masks)
 
     def errors(self, *, everywhere: bool) -> Float64[np.ndarray, "k m"]:
-        """Cross-validate every penalty: squared errors of all targets, or of some."""
+        """Cross-validate every penalty: shares of variance, of all targets or of some."""
         m = self._outputs.shape[1]
         chosen = np.unique(np.linspace(0, m - 1, _CHOOSING_TARGETS).round().astype(int))
         columns = np.arange(m) if everywhere else chosen
@@ -149,12 +151,13 @@ class _Lasso:
             part = _Part(self._masks[fold != k], self._outputs[fold != k])
             held = self._masks[fold == k].astype(np.float64) - part.mean
             truth = self._outputs[fold == k] - part.offset
-            for place, j in enumerate(columns):
+            for place, j in enumerate(columns.tolist()):
                 if self.unit[j] > 0:
                     path = part.path(j, self.ratios * self.unit[j])
                     missed = truth[:, j, None] - held @ path
                     errors[:, place] += np.square(missed).sum(axis=0)
-        return errors
+        shares: np.ndarray = errors / _spread(self._outputs[:, columns])
+        return shares
 
     def weights(self, alphas: Float64[np.ndarray, " m"]) -> Float64[np.ndarray, "n m"]:
         """Solve for every target with its own penalty."""
@@ -218,7 +221,7 @@ class _Ridge:
         self.unit = np.full(outputs.shape[1], mean / s)
 
     def errors(self, *, everywhere: bool) -> Float64[np.ndarray, "k m"]:
-        """Leave out one subset at a time: squared errors of all targets."""
+        """Leave out one subset at a time: shares of variance, of all targets."""
         s = len(self._values)
         found = []
         for ratio in self.ratios:
@@ -228,7 +231,8 @@ class _Ridge:
             own = np.square(self._vectors) @ shrunk + 1 / s
             left = np.maximum(1 - own, np.finfo(np.float64).eps)
             found.append(np.square(missed / left[:, None]).sum(axis=0))
-        return np.array(found)
+        shares: np.ndarray = np.array(found) / _spread(self._outputs)
+        return shares
 
     def weights(self, alphas: Float64[np.ndarray, " m"]) -> Float64[np.ndarray, "n m"]:
         """Solve for every target with its own penalty."""
@@ -236,6 +240,13 @@ class _Ridge:
         solved = np.where(alphas > 0, self._turned / np.where(damped > 0, damped, 1), 0)
         weights: np.ndarray = self._inputs.T @ (self._vectors @ solved)
         return weights
+
+
+def _spread(outputs: Float64[np.ndarray, "s m"]) -> Float64[np.ndarray, " m"]:
+    """Sum what each target's squared outputs differ by from their mean, or give 1."""
+    total = np.square(outputs - outputs.mean(axis=0)).sum(axis=0)
+    spread: np.ndarray = np.where(total > 0, total, 1.0)
+    return spread
 
 
 def _lasso_path() -> Fit:

@@ -106,8 +106,8 @@ class RepresentationSimilarity(Method):
             self._metric = Metric(metric)
         except ValueError as error:
             raise OptionError(
-                f"metric={metric!r} is unknown; pass one of {[*Metric.__members__]} in "
-                f"lower case."
+                f"metric={metric!r} is unknown; pass one of "
+                f"{[member.value for member in Metric]}."
             ) from error
         if same_label and self._metric is Metric.L2:
             raise OptionError(
