@@ -99,7 +99,7 @@ def test_datamodels_recover_a_linear_truth(penalty, per_target):
         weights = weights - weights.mean(axis=0)
     np.testing.assert_allclose(method.scores, weights, atol=atol)
     fresh, _ = linear_truth(n=30, s=200, m=3)
-    assert lds(method.scores, fresh.masks[120:], fresh.outputs[120:]).mean > 0.98
+    assert lds(method.scores, fresh.masks[120:], fresh.outputs[120:]).mean > 0.9
 
 
 def test_the_lasso_is_sparse_where_the_truth_is():
