@@ -22,6 +22,7 @@ from trak.errors import (
     NonFiniteError,
     OptionError,
     StaleRowError,
+    TrakError,
 )
 from trak.methods import (
     GAS,
@@ -213,6 +214,18 @@ def test_trak_passes_exponents_on(tmp_path):
         np.testing.assert_array_equal(method.score([found.targets]), expected)
 
 
+@pytest.mark.skipif(
+    "train_inds" not in inspect.signature(TRAKer.load_checkpoint).parameters,
+    reason="checkpoints do not remember their training sets",
+)
+def test_the_training_sets_of_checkpoints_are_recorded(tmp_path):
+    found = problem()
+    known = [np.arange(3), np.arange(11) % 2 == 0]
+    shared = gradients(found, tmp_path, train_inds=known).fit([found.train])
+    with pytest.raises(TrakError, match="train_inds"):  # it is another set now
+        shared.traker.load_checkpoint(found.checkpoints[0], 0, train_inds=[5])
+
+
 def test_trak_without_projection_is_textbook(tmp_path):
     found = problem()
     shared = gradients(found, tmp_path)
@@ -390,6 +403,8 @@ def test_what_cannot_be_shared_is_refused(tmp_path):
             OptionError, match=f"{name} is no option .* pass it to TRAK"
         ):
             gradients(found, tmp_path, **{name: 1})
+    with pytest.raises(OptionError, match="train_inds has 1 entries for 2 checkpoints"):
+        gradients(found, tmp_path, train_inds=[[0, 1]])
     with pytest.raises(OptionError, match="train_set_size must be at least 1"):
         gradients(found, tmp_path, train_set_size=0)
     assert not any(tmp_path.iterdir())

@@ -51,14 +51,16 @@ class ProjectedGradients:
             from files.
         train_set_size: Number of training examples, ``n``; None to count them.
         save_dir: Directory of the store. It holds one training set.
+        train_inds: The training examples that each checkpoint was trained on, as
+            :meth:`trak.TRAKer.load_checkpoint` takes them; None where that is unknown.
         **options: Further arguments of :class:`trak.TRAKer`, such as ``proj_dim``,
             ``use_half_precision`` or ``projector``. A ``NoOpProjector()`` keeps exact
             gradients, which is for small models.
 
     Raises:
         NoCheckpointError: If there are no checkpoints.
-        OptionError: If ``train_set_size`` is no such number, or an option belongs to
-            :class:`TRAK`.
+        OptionError: If ``train_set_size`` is no such number, ``train_inds`` are not one
+            for each checkpoint, or an option belongs to :class:`TRAK`.
 
     Attributes:
         model_ids: The checkpoints' ids in the store: 0, 1, ...
@@ -71,10 +73,17 @@ class ProjectedGradients:
         checkpoints: Sequence[Weights],
         train_set_size: int | None = None,
         save_dir: str | Path = "./trak_results",
+        *,
+        train_inds: Sequence[Any] | None = None,
         **options: Any,
     ) -> None:
         if len(checkpoints) == 0:
             raise NoCheckpointError("checkpoints is empty; pass at least one.")
+        if train_inds is not None and len(train_inds) != len(checkpoints):
+            raise OptionError(
+                f"train_inds has {len(train_inds)} entries for {len(checkpoints)} "
+                f"checkpoints; pass one for each, or None."
+            )
         for name in _OF_TRAK:
             if name in options:
                 raise OptionError(
@@ -87,7 +96,7 @@ class ProjectedGradients:
             else positive("train_set_size", train_set_size)
         )
         self._save_dir = Path(save_dir).resolve()
-        self._options = options
+        self._train_inds, self._options = train_inds, options
         self.model_ids = list(range(len(checkpoints)))
         self._memory = Memory()
         self._train: Contents | None = None
@@ -125,7 +134,11 @@ class ProjectedGradients:
             )
         traker = self._traker or self._make(contents.size)
         for model_id in self.model_ids:
-            traker.load_checkpoint(self._checkpoints[model_id], model_id=model_id)
+            known: dict[str, Any] = {}
+            if self._train_inds is not None:
+                known["train_inds"] = self._train_inds[model_id]
+            checkpoint = self._checkpoints[model_id]
+            traker.load_checkpoint(checkpoint, model_id=model_id, **known)
             for batch in checked(train, contents, "train"):
                 traker.featurize(batch)
         # Which damping does not matter: scoring only wants the rows to be complete.
