@@ -349,13 +349,18 @@ def test_target_sets_do_not_mix(tmp_path):
             np.testing.assert_allclose(part, whole[:, low:high], rtol=1e-5, atol=1e-7)
 
 
-def test_a_container_that_has_grown_is_read_again(tmp_path):
+def test_a_container_that_has_changed_is_read_again(tmp_path):
     found = problem()
-    shared = gradients(found, tmp_path).fit([found.train])
-    targets = cut(found.targets, 1)[:2]
-    assert GradientDot(shared).score(targets).shape == (found.n, 2)
-    targets += cut(found.targets, 1)[2:]
-    assert GradientDot(shared).score(targets).shape == (found.n, 4)
+    method = GradientDot(gradients(found, tmp_path)).fit([found.train])
+    every = cut(found.targets, 1)
+    expected = method.score(every)
+    targets = every[:2]
+    np.testing.assert_allclose(method.score(targets), expected[:, :2], rtol=1e-5)
+    targets[0] = every[3]
+    np.testing.assert_allclose(method.score(targets), expected[:, [3, 1]], rtol=1e-5)
+    targets += every[2:]
+    scores = method.score(targets)
+    np.testing.assert_allclose(scores, expected[:, [3, 1, 2, 3]], rtol=1e-5)
 
 
 def test_rows_are_those_of_the_store(tmp_path):

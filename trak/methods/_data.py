@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -132,13 +133,14 @@ def _sized(batch: Batch) -> Batch:
 class Memory:
     """Remembers the contents of batches by the identity of their container.
 
-    A container that was changed in place is taken for the old one unless its length is
-    another: give every set of examples a container of its own.
+    A container whose length is another, and a list whose batches are other objects, is
+    read again. What is changed inside a batch, or behind a loader, goes unnoticed: give
+    every set of examples a container of its own.
     """
 
     def __init__(self) -> None:
-        # The containers are held on to: no other can get the same identity.
-        self._known: dict[int, tuple[Iterable[Batch], int, Contents]] = {}
+        # The objects are held on to: no other can get the same identity.
+        self._known: dict[int, tuple[Iterable[Batch], list[Any], Contents]] = {}
 
     def read(self, batches: Iterable[Batch], what: str) -> tuple[Contents, bool]:
         """Read the contents of batches, if they are not known.
@@ -150,10 +152,22 @@ class Memory:
         Returns:
             Their contents, and whether they were known.
         """
-        length = len(batches) if isinstance(batches, Sized) else -1
+        inside = _inside(batches)
         known = self._known.get(id(batches))
-        if known is not None and known[1] == length:
+        if known is not None and _are_same(known[1], inside):
             return known[2], True
         contents = read_contents(batches, what)
-        self._known[id(batches)] = (batches, length, contents)
+        self._known[id(batches)] = (batches, inside, contents)
         return contents, False
+
+
+def _inside(batches: Iterable[Batch]) -> list[Any]:
+    """List what tells that a container has changed, without going through a loader."""
+    if isinstance(batches, list | tuple):
+        return list(batches)
+    return [None] * (len(batches) if isinstance(batches, Sized) else 0)
+
+
+def _are_same(some: list[Any], others: list[Any]) -> bool:
+    pairs = zip(some, others, strict=False)
+    return len(some) == len(others) and all(one is other for one, other in pairs)

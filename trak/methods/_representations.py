@@ -170,7 +170,8 @@ class RepresentationSimilarity(Method):
                 left = train.values[low:high].double().to(device)
                 part = similarity(left, right, self._metric)
                 if train.labels is not None and target.labels is not None:
-                    part *= train.labels[low:high, None] == target.labels
+                    is_same = train.labels[low:high, None] == target.labels
+                    part *= is_same.to(device)
                 scores[low:high] += (part / len(found)).float().cpu().numpy()
         return scores
 
