@@ -248,3 +248,28 @@ def test_features_are_finite():
     with pytest.raises(NonFiniteError, match="example 7 of train are not") as caught:
         method.fit(cut(found.train, 3))
     assert caught.value.index == 7
+
+
+@pytest.mark.parametrize("layer", [None, "bert.encoder.layer.0"])
+def test_models_of_transformers(layer):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=9,
+        hidden_size=4,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+        num_labels=2,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    batch = {**texts(), "labels": torch.tensor([0, 1, 0, 1, 0, 1])}
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    method = RepresentationSimilarity(model, [model.state_dict()], layer, "dot")
+    scores = method.fit([batch]).score([batch])
+    with torch.no_grad():
+        found = model.bert(**inputs, output_hidden_states=True)
+    features = found.pooler_output
+    if layer is not None:
+        mask = batch["attention_mask"][..., None]
+        features = (found.hidden_states[1] * mask).sum(1) / mask.sum(1).clamp(min=1)
+    assert_scores(torch.from_numpy(scores), features @ features.T, 1e-4)

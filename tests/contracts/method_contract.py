@@ -119,6 +119,17 @@ class MethodContract:
         assert_near(scores, usual[:, :1], 1e-3)
         np.testing.assert_array_equal(method.score(one), scores)
 
+    @pytest.mark.cuda
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_models_on_a_gpu(self, tmp_path: Path, usual: np.ndarray) -> None:
+        found = problem()
+        found.model.cuda()
+        found.train, found.targets = (
+            tuple(part.cuda() for part in batch)
+            for batch in (found.train, found.targets)
+        )
+        assert_near(self.scores(tmp_path, found=found), usual, 1e-3)
+
     def test_the_order_of_calls(self, tmp_path: Path) -> None:
         method = self.make(problem(), tmp_path)
         assert method.name == type(method).name
