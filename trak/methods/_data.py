@@ -163,7 +163,7 @@ class Memory:
 
 def _inside(batches: Iterable[Batch]) -> list[Any]:
     """List what tells that a container has changed, without going through a loader."""
-    if isinstance(batches, list | tuple):
+    if type(batches) in {list, tuple}:  # those of other classes may load what they give
         return list(batches)
     return [None] * (len(batches) if isinstance(batches, Sized) else 0)
 
