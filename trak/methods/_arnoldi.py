@@ -96,9 +96,7 @@ class Arnoldi(CurvatureMethod):
                 f"keep={keep} eigenpairs cannot come of rank={rank}; pass a larger rank."
             )
         loss = loss_of_task(self.task) if loss is None else loss
-        self._curvature = CurvatureProducts(
-            model, self._computer.selection, loss, kind
-        )
+        self._curvature = CurvatureProducts(model, self._computer.selection, loss, kind)
         self._rank, self._keep, self._seed = rank, keep, seed
         self.eigenvalues: list[Float[Tensor, " k"]] = []
         self._vectors: list[Float[Tensor, "k d"]] = []

@@ -11,7 +11,6 @@ from jaxtyping import Float32
 
 from trak._types import Batch
 
-
 M = TypeVar("M", bound="Method")
 """The class of a method: typing has no ``Self`` before Python 3.11."""
 

@@ -32,7 +32,7 @@ def parse_name(argument: str, name: str, choices: type[_Choice]) -> _Choice:
         raise UnknownNameError(f"{argument} is one of {known}, got {name!r}.") from None
 
 
-def check_above_zero(**numbers: float) -> None:
+def check_above_zero(**numbers: int | float) -> None:
     """Refuse numbers that are not positive and finite.
 
     Raises:

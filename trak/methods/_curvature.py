@@ -107,7 +107,7 @@ class CurvatureProducts:
         return torch.stack(made) if made else torch.zeros_like(rows)
 
     def _split(self, rows: Tensor) -> list[list[Tensor]]:
-        pieces = zip(*rows.split(self._sizes, dim=1), strict=True)
+        pieces = zip(*torch.split(rows, self._sizes, dim=1), strict=True)
         # strict=True on rows: each has one piece a parameter.
         return [list(piece) for piece in pieces] if len(rows) else []
 
@@ -143,8 +143,8 @@ class CurvatureProducts:
         self, batch: Batch, vectors: list[list[Tensor]]
     ) -> Iterator[Iterator[Tensor]]:
         loss = self._loss
-        split = isinstance(loss, TrainingLoss)
-        mean = loss.mean(self._model, batch) if split else loss(self._model, batch)
+        mean_loss = loss.mean if isinstance(loss, TrainingLoss) else loss
+        mean = mean_loss(self._model, batch)
         slopes = self._gradients(mean, torch.ones_like(mean), create_graph=True)
         reached = [i for i, it in enumerate(slopes) if it.requires_grad]
         for vector in vectors:

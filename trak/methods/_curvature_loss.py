@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812  PyTorch's own name for it
@@ -37,6 +37,7 @@ _SOFTMAX = (
 )
 
 
+@runtime_checkable
 class Likelihood(Protocol):
     """What a model's outputs say of labels; the loss is its negative logarithm."""
 

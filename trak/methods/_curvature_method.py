@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from trak._batches import batch_size, canonical, rebuild, row_leaves
 from trak._checkpoints import load_weights
@@ -20,6 +20,9 @@ from trak.gradient_computers import HookGradientComputer
 from trak.methods._base import Method
 from trak.methods._gradient_products import gradient_products
 from trak.modelout_functions import AbstractModelOutput, resolve_task
+
+C = TypeVar("C", bound="CurvatureMethod")
+"""The class of such a method."""
 
 Members = Sequence[int] | np.ndarray | Tensor
 """Indices of training examples, or a boolean for each."""
@@ -47,9 +50,13 @@ class CurvatureMethod(Method):
         if not checkpoints:
             raise OptionError("checkpoints is empty; pass at least one state dict.")
         if damping is not None and not 0 <= damping < float("inf"):
-            raise OptionError(f"damping must be at least 0 and finite, got {damping!r}.")
+            raise OptionError(
+                f"damping must be at least 0 and finite, got {damping!r}."
+            )
         if not 0 < multiple < float("inf"):
-            raise OptionError(f"multiple must be positive and finite, got {multiple!r}.")
+            raise OptionError(
+                f"multiple must be positive and finite, got {multiple!r}."
+            )
         if train_inds is not None and len(train_inds) != len(checkpoints):
             raise OptionError(
                 f"train_inds is for {len(train_inds)} checkpoints and there are "
@@ -64,7 +71,7 @@ class CurvatureMethod(Method):
         self._train: Iterable[Batch] | None = None
         self._n = 0
 
-    def fit(self, train: Iterable[Batch]) -> Self:
+    def fit(self: C, train: Iterable[Batch]) -> C:
         """Compute what scoring needs of the training set.
 
         Args:
@@ -214,7 +221,7 @@ class CurvatureMethod(Method):
         most = max(1, self._max_bytes // width)
         low, held, count = 0, list[Tensor](), 0
         for rows in self._target_rows(targets):
-            for piece in rows.split(most):
+            for piece in torch.split(rows, most):
                 if count and count + len(piece) > most:
                     yield low, torch.cat(held)
                     low, held, count = low + count, [], 0
@@ -231,6 +238,7 @@ class CurvatureMethod(Method):
     def _train_products(self, matrix: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
         """Multiply all training gradients with the rows of a matrix."""
         rows = [
-            gradient_products(self._computer, batch, matrix) for batch in self._batches()
+            gradient_products(self._computer, batch, matrix)
+            for batch in self._batches()
         ]
         return torch.cat(rows)

@@ -35,7 +35,7 @@ class ProductSink:
         self, matrix: Float[Tensor, "k d"], selection: Selection, b: int
     ) -> None:
         sizes = [math.prod(shape) for shape in selection.shapes]
-        pieces = matrix.split(sizes, dim=1)
+        pieces = torch.split(matrix, sizes, dim=1)
         self._pieces = dict(zip(selection.names, pieces, strict=True))
         self.products = matrix.new_zeros(b, len(matrix))
 

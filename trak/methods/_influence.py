@@ -136,9 +136,7 @@ class InfluenceFunction(CurvatureMethod):
             scale=1.0 if scale is None else scale,
         )
         loss = loss_of_task(self.task) if loss is None else loss
-        self._curvature = CurvatureProducts(
-            model, self._computer.selection, loss, kind
-        )
+        self._curvature = CurvatureProducts(model, self._computer.selection, loss, kind)
         self._tolerance, self._max_iterations = tolerance, max_iterations
         self._depth, self._scale, self._repeats = depth, scale, repeats
         self._seed = seed
@@ -210,7 +208,9 @@ class InfluenceFunction(CurvatureMethod):
     def _operator(self, c: int) -> Operator:
         return lambda rows: self._curvature.over(self._member_batches(c), rows)
 
-    def _noisy_operators(self, c: int, generator: torch.Generator) -> Iterator[Operator]:
+    def _noisy_operators(
+        self, c: int, generator: torch.Generator
+    ) -> Iterator[Operator]:
         """Draw batches, each as often as any other in a pass."""
         batches = list(self._member_batches(c))
         while True:

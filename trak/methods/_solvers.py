@@ -205,4 +205,5 @@ def _symmetric(matrix: Tensor) -> Tensor:
 
 
 def _dots(left: Float[Tensor, "k d"], right: Float[Tensor, "k d"]) -> Tensor:
-    return torch.linalg.vecdot(left, right).double()
+    dots: Tensor = torch.linalg.vecdot(left, right)
+    return dots.double()
