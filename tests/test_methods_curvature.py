@@ -683,14 +683,15 @@ def test_batches_that_were_used_up() -> None:
         method.fit(iter([problem.train]))
 
 
-def test_scores_that_overflow() -> None:
-    problem = make()
-    bad = problem.train[0].clone()
-    bad[5] = 1e308
-    problem.train = (bad, problem.train[1])
-    checkpoints = [{k: v * 1e5 for k, v in problem.checkpoints[0].items()}]
-    method = EKFAC(problem.model, problem.task, checkpoints)
-    with pytest.raises(NonFiniteError, match="a score of training example"):
+def test_outputs_and_scores_that_are_not_finite() -> None:
+    problem = classification(nn.Linear(3, 3), 3)
+    problem.train[0][5] = math.inf
+    method = EKFAC(problem.model, problem.task, problem.checkpoints)
+    with pytest.raises(NonFiniteError, match="row 1 of a training batch is NaN"):
+        scores(method, problem)
+    problem.train[0][5] = 0.0
+    problem.targets[0][2] = math.inf
+    with pytest.raises(NonFiniteError, match="a score of training example 0 is not"):
         scores(method, problem)
 
 

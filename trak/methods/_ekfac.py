@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trak._batches import batch_size, copied, take
 from trak._types import Batch, GradWrt
-from trak.errors import GradientError, OptionError
+from trak.errors import GradientError, NonFiniteError, OptionError
 from trak.gradient_computers import HookGradientComputer
 from trak.gradient_computers._copies import Nowhere
 from trak.methods._choices import parse_name
@@ -232,6 +232,7 @@ class EKFAC(CurvatureMethod):
             listening(self._model, self._layers, batch, take_of) as tape,
         ):
             outputs = self._loss.outputs(self._model, copied(batch))
+            check_finite(outputs)
             slope = self._slope(outputs, batch, generator, k)
             torch.autograd.backward(outputs, slope)
         if tape.findings:
@@ -277,6 +278,22 @@ class EKFAC(CurvatureMethod):
             )
             made |= layer.part(joined)
         return torch.cat([made[name] for name in selection.names], dim=1)
+
+
+def check_finite(outputs: Tensor) -> None:
+    """Refuse outputs that no label can be drawn from.
+
+    Raises:
+        NonFiniteError: If one is NaN or infinite, with its row.
+    """
+    if not torch.isfinite(outputs).all():
+        row = int(
+            (~torch.isfinite(outputs)).reshape(len(outputs), -1).any(1).nonzero()[0]
+        )
+        raise NonFiniteError(
+            f"the model's output for row {row} of a training batch is NaN or infinite; "
+            f"leave the example out, or compute in a wider type."
+        )
 
 
 def _accumulate(totals: dict[str, Tensor], name: str, value: Tensor) -> None:

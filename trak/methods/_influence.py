@@ -246,7 +246,7 @@ def largest_eigenvalue(operator: Operator, start: Float[Tensor, "1 d"]) -> float
         The estimate, from below.
 
     Example:
-        >>> largest_eigenvalue(lambda rows: -3 * rows, torch.ones(1, 2))
+        >>> largest_eigenvalue(lambda rows: -3 * rows, torch.ones(1, 4))
         3.0
     """
     size = 0.0

@@ -116,8 +116,8 @@ def precondition(
         The products. Shape ``(b, o, i)``.
 
     Example:
-        >>> grads = torch.ones(1, 1, 2)
-        >>> precondition(grads, torch.eye(1), torch.eye(2), torch.tensor([[1.0, 3.0]]), 1)
+        >>> grads, eigenvalues = torch.ones(1, 1, 2), torch.tensor([[1.0, 3.0]])
+        >>> precondition(grads, torch.eye(1), torch.eye(2), eigenvalues, 1.0)
         tensor([[[0.5000, 0.2500]]])
     """
     damped = eigenvalues + damping
