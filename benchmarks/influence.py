@@ -37,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=Path("influence_cache"))
     parser.add_argument("--targets", type=int, default=100)
-    parser.add_argument("--methods", nargs="*", help="parts of names; all by default")
+    parser.add_argument("--methods", nargs="*", help="names, or what they begin with")
     options = parser.parse_args()
     data = digits_model.load()
     subsets = random_subsets(len(data.train[0]), 5, seed=1)
@@ -48,7 +48,10 @@ def main() -> None:
     truth = GroundTruth(truth.masks, truth.outputs[:, :, :m])
     print(f"{'':34}{'LDS, 1 checkpoint':>28}{'5 checkpoints':>16}{'CPU s each':>12}")
     for name, score, most in _methods(data):
-        if options.methods and not any(part in name for part in options.methods):
+        begins = (
+            name == it or name.startswith(f"{it} ") for it in options.methods or ()
+        )
+        if options.methods and not any(begins):
             continue
         row = f"{name:34}"
         for c, width in ((1, 28), (5, 16)):

@@ -118,7 +118,7 @@ class CurvatureMethod(Method):
         total = np.zeros((self._n, m), dtype=np.float32)
         for c in self._load_each():
             weights = self._out_to_loss()
-            for low, rows in self._tiles(targets):
+            for low, rows in self._tiles(targets, m):
                 found = weights * self._products(c, rows)
                 total[:, low : low + len(rows)] += found.cpu().numpy()
         total /= len(self._checkpoints)
@@ -214,21 +214,33 @@ class CurvatureMethod(Method):
         return drawn.to(device, computer.sum_dtype).mul_(2).sub_(1)
 
     def _tiles(
-        self, targets: Iterable[Batch]
+        self, targets: Iterable[Batch], m: int
     ) -> Iterator[tuple[int, Float[Tensor, "k d"]]]:
-        """Compute target gradients, as many at a time as memory may hold."""
-        width = 4 * self._computer.selection.grad_dim
-        most = max(1, self._max_bytes // width)
-        low, held, count = 0, list[Tensor](), 0
+        """Compute target gradients, as many at a time as memory may hold.
+
+        Args:
+            targets: Batches of targets.
+            m: Number of targets.
+
+        Yields:
+            Position of the first target, and gradients, in memory that may be written
+            to and that the next ones take.
+        """
+        shape = (m, self._computer.selection.grad_dim)
+        most = max(1, min(m, self._max_bytes // (4 * shape[1])))
+        low, count = 0, 0
+        tile = torch.empty(0, shape[1])
         for rows in self._target_rows(targets):
-            for piece in torch.split(rows, most):
-                if count and count + len(piece) > most:
-                    yield low, torch.cat(held)
-                    low, held, count = low + count, [], 0
-                held.append(piece)
+            if not len(tile):
+                tile = rows.new_empty(most, shape[1])
+            for piece in torch.split(rows, 1 if most == 1 else max(1, most // 2)):
+                if count + len(piece) > most:
+                    yield low, tile[:count]
+                    low, count = low + count, 0
+                tile[count : count + len(piece)] = piece
                 count += len(piece)
         if count:
-            yield low, torch.cat(held)
+            yield low, tile[:count]
 
     def _target_rows(self, targets: Iterable[Batch]) -> Iterator[Float[Tensor, "k d"]]:
         for batch in targets:

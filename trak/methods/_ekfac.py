@@ -257,14 +257,12 @@ class EKFAC(CurvatureMethod):
     # -- scoring ----------------------------------------------------------------------
 
     def _products(self, c: int, rows: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
-        return self._train_products(self._preconditioned(c, rows))
+        self._precondition(c, rows)
+        return self._train_products(rows)
 
-    def _preconditioned(
-        self, c: int, rows: Float[Tensor, "k d"]
-    ) -> Float[Tensor, "k d"]:
-        selection = self._computer.selection
-        grads = selection.split(rows)
-        made = dict[str, Tensor]()
+    def _precondition(self, c: int, rows: Float[Tensor, "k d"]) -> None:
+        """Multiply gradients with the inverse curvature, in place: memory is theirs."""
+        grads = self._computer.selection.split(rows)
         for layer, factors in zip(self._layers, self._factors[c], strict=True):
             damping = self._damping
             if damping is None:
@@ -276,8 +274,8 @@ class EKFAC(CurvatureMethod):
                 factors.eigenvalues,
                 damping,
             )
-            made |= layer.part(joined)
-        return torch.cat([made[name] for name in selection.names], dim=1)
+            for name, part in layer.part(joined).items():
+                grads[name].copy_(part.view_as(grads[name]))
 
 
 def check_finite(outputs: Tensor) -> None:
