@@ -80,8 +80,11 @@ class Softmax:
     ) -> Float[Tensor, "b k"]:
         """Return ``p - e_y`` for a class ``y`` drawn with probabilities ``p``."""
         chances = (outputs / self._temperature).softmax(1)
-        drawn = torch.multinomial(chances.cpu(), 1, generator=generator)
-        hits = torch.zeros_like(chances).scatter_(1, drawn.to(chances.device), 1.0)
+        # One number an example: how a batch is cut does not matter.
+        uniform = _uniform(chances[:, :1], generator)
+        drawn = (chances.double().cumsum(1) < uniform).sum(1, keepdim=True)
+        drawn = drawn.clamp(max=chances.shape[1] - 1)  # the sum may fall short of 1
+        hits = torch.zeros_like(chances).scatter_(1, drawn, 1.0)
         return (chances - hits) / self._temperature
 
     def roots(self, outputs: Float[Tensor, "b k"]) -> list[Float[Tensor, "b k"]]:
@@ -100,9 +103,8 @@ class Gaussian:
     def sample(
         self, outputs: Float[Tensor, " b"], generator: torch.Generator
     ) -> Float[Tensor, " b"]:
-        """Return the noise of a drawn number."""
-        noise = torch.randn(outputs.shape, generator=generator, dtype=outputs.dtype)
-        return noise.to(outputs.device)
+        """Return ones: only the square of a number's noise counts, and its mean is 1."""
+        return torch.ones_like(outputs)
 
     def roots(self, outputs: Float[Tensor, " b"]) -> list[Float[Tensor, " b"]]:
         """Return ones: the Hessian of half the square."""
@@ -117,8 +119,7 @@ class Bernoulli:
     ) -> Float[Tensor, "b ..."]:
         """Return ``p - y`` for drawn labels ``y``."""
         chances = outputs.sigmoid()
-        drawn = torch.bernoulli(chances.cpu(), generator=generator)
-        return chances - drawn.to(chances.device)
+        return chances - (_uniform(chances, generator) < chances).to(chances.dtype)
 
     def roots(self, outputs: Float[Tensor, "b ..."]) -> list[Float[Tensor, "b ..."]]:
         """Return ``sqrt(p (1 - p))``, one label at a time."""
@@ -241,6 +242,11 @@ def _softmax_loss(task: AbstractModelOutput) -> TrainingLoss:
 
     temperature = float(getattr(task, "loss_temperature", 1.0))
     return TrainingLoss(outputs, losses, Softmax(temperature))
+
+
+def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64)
+    return drawn.to(like.device)
 
 
 def _labels(task: AbstractModelOutput, outputs: Tensor, batch: Batch) -> Tensor:

@@ -15,9 +15,10 @@ from trak._batches import batch_size, canonical, rebuild, row_leaves
 from trak._checkpoints import load_weights
 from trak._params import flatten_rows
 from trak._types import Batch, GradWrt
-from trak.errors import BatchError, NonFiniteError, OptionError, OrderError
+from trak.errors import NoCheckpointError, NonFiniteError, OptionError, OrderError
 from trak.gradient_computers import HookGradientComputer
 from trak.methods._base import Method
+from trak.methods._data import Contents, checked, read_contents
 from trak.methods._gradient_products import gradient_products
 from trak.modelout_functions import AbstractModelOutput, resolve_task
 
@@ -47,8 +48,8 @@ class CurvatureMethod(Method):
         train_inds: Sequence[Members | None] | None,
         max_bytes: int,
     ) -> None:
-        if not checkpoints:
-            raise OptionError("checkpoints is empty; pass at least one state dict.")
+        if len(checkpoints) == 0:
+            raise NoCheckpointError("checkpoints is empty; pass at least one.")
         if damping is not None and not 0 <= damping < float("inf"):
             raise OptionError(
                 f"damping must be at least 0 and finite, got {damping!r}."
@@ -63,12 +64,13 @@ class CurvatureMethod(Method):
                 f"{len(checkpoints)}; pass one entry a checkpoint, None for all examples."
             )
         self.task = resolve_task(task)
-        self._model, self._checkpoints = model, list(checkpoints)
+        self._model, self._checkpoints = model, checkpoints
         self._damping, self._multiple = damping, multiple
         self._train_inds = train_inds
         self._max_bytes = max_bytes
         self._computer = HookGradientComputer(model, self.task, grad_wrt=grad_wrt)
-        self._train: Iterable[Batch] | None = None
+        self._train: Iterable[Batch] = ()
+        self._contents: Contents | None = None
         self._n = 0
 
     def fit(self: C, train: Iterable[Batch]) -> C:
@@ -81,13 +83,14 @@ class CurvatureMethod(Method):
             The method itself.
 
         Raises:
-            BatchError: If there are no examples.
+            BatchError: If there are no examples, or they are not the same whenever they
+                are gone through.
             OptionError: If ``train_inds`` do not fit the number of examples.
         """
-        n = sum(batch_size(canonical(batch)) for batch in train)
-        if n == 0:
-            raise BatchError(f"{type(self).__name__}.fit got no training examples.")
-        self._train, self._n = train, n
+        self._contents = None  # in case of an error below
+        contents = read_contents(train, "train")
+        self._train, self._n = train, contents.size
+        self._contents = contents
         self._members = [self._parse_members(c) for c in range(len(self._checkpoints))]
         self._begin()
         for c in self._load_each():
@@ -105,20 +108,20 @@ class CurvatureMethod(Method):
 
         Raises:
             OrderError: If the method was not fitted.
-            BatchError: If there are no targets, or the training batches are others now.
+            BatchError: If there are no targets, or batches are not the same whenever
+                they are gone through.
             NonFiniteError: If a score is not finite, with the training example's index.
         """
-        if self._train is None:
+        if self._contents is None:
             raise OrderError(
-                f"{type(self).__name__}.score came before fit(train); call that first."
+                f"{type(self).__name__} has no training set to score; fit it first."
             )
-        m = sum(batch_size(canonical(batch)) for batch in targets)
-        if m == 0:
-            raise BatchError(f"{type(self).__name__}.score got no targets.")
+        found_targets = read_contents(targets, "targets")
+        m = found_targets.size
         total = np.zeros((self._n, m), dtype=np.float32)
         for c in self._load_each():
             weights = self._out_to_loss()
-            for low, rows in self._tiles(targets, m):
+            for low, rows in self._tiles(targets, found_targets):
                 found = weights * self._products(c, rows)
                 total[:, low : low + len(rows)] += found.cpu().numpy()
         total /= len(self._checkpoints)
@@ -170,16 +173,9 @@ class CurvatureMethod(Method):
 
     def _batches(self) -> Iterator[Batch]:
         """Go through all training examples."""
-        count = 0
-        for batch in self._train or ():
-            batch = canonical(batch)
-            count += batch_size(batch)
-            yield batch
-        if count != self._n:
-            raise BatchError(
-                f"the training batches had {self._n} examples in fit and have {count} "
-                f"now; pass what can be gone through again, in the same order."
-            )
+        if self._contents is not None:
+            for batch in checked(self._train, self._contents, "train"):
+                yield canonical(batch)
 
     def _member_batches(self, c: int) -> Iterator[Batch]:
         """Go through the examples that a checkpoint was trained on."""
@@ -214,26 +210,26 @@ class CurvatureMethod(Method):
         return drawn.to(device, computer.sum_dtype).mul_(2).sub_(1)
 
     def _tiles(
-        self, targets: Iterable[Batch], m: int
+        self, targets: Iterable[Batch], contents: Contents
     ) -> Iterator[tuple[int, Float[Tensor, "k d"]]]:
         """Compute target gradients, as many at a time as memory may hold.
 
         Args:
             targets: Batches of targets.
-            m: Number of targets.
+            contents: What they hold.
 
         Yields:
             Position of the first target, and gradients, in memory that may be written
             to and that the next ones take.
         """
-        shape = (m, self._computer.selection.grad_dim)
-        most = max(1, min(m, self._max_bytes // (4 * shape[1])))
+        d = self._computer.selection.grad_dim
+        most = max(1, min(contents.size, self._max_bytes // (4 * d)))
         low, count = 0, 0
-        tile = torch.empty(0, shape[1])
-        for rows in self._target_rows(targets):
+        tile = torch.empty(0, d)
+        for rows in self._target_rows(targets, contents):
             if not len(tile):
-                tile = rows.new_empty(most, shape[1])
-            for piece in torch.split(rows, 1 if most == 1 else max(1, most // 2)):
+                tile = rows.new_empty(most, d)
+            for piece in torch.split(rows, max(1, most // 2)):
                 if count + len(piece) > most:
                     yield low, tile[:count]
                     low, count = low + count, 0
@@ -242,8 +238,10 @@ class CurvatureMethod(Method):
         if count:
             yield low, tile[:count]
 
-    def _target_rows(self, targets: Iterable[Batch]) -> Iterator[Float[Tensor, "k d"]]:
-        for batch in targets:
+    def _target_rows(
+        self, targets: Iterable[Batch], contents: Contents
+    ) -> Iterator[Float[Tensor, "k d"]]:
+        for batch in checked(targets, contents, "targets"):
             for grads in self._computer.per_sample_grad_blocks(canonical(batch)):
                 yield flatten_rows(grads)
 
