@@ -153,7 +153,12 @@ class TestConjugateGradients(MethodContract):
 class TestArnoldi(MethodContract):
     def make(self, problem: Problem, save_dir: Path, **options: Any) -> Any:
         return Arnoldi(
-            problem.model, problem.task, problem.checkpoints, rank=20, keep=12, damping=DAMPING
+            problem.model,
+            problem.task,
+            problem.checkpoints,
+            rank=20,
+            keep=12,
+            damping=DAMPING,
         )
 
 
