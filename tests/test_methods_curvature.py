@@ -421,52 +421,117 @@ class Shared(nn.Module):
         return self.head(torch.tanh(self.mix(self.norm(hidden))).mean(1))
 
 
-def test_ekfac_of_positions_and_convolutions() -> None:
-    """Beside per-sample gradients of the sampled loss, layer by layer, in loops."""
-    problem = classification(Shared(), 1, 5, 4, checkpoints=1, n=7)
-    model, checkpoint = problem.model, problem.checkpoints[0]
+def assert_ekfac_is_of_its_layers(problem: Problem) -> EKFAC:
+    """Compare with per-sample gradients of the loss, layer by layer."""
+    checkpoint = problem.checkpoints[0]
     with torch.no_grad():
-        method = EKFAC(model, problem.task, [checkpoint], fisher="empirical")
+        method = EKFAC(problem.model, problem.task, [checkpoint], fisher="empirical")
         found = scores(method, problem, 3)
-    assert method.coverage == 1 - 4 / 47
     names = list(problem.parameters())
     sizes = [value.numel() for value in problem.parameters().values()]
-    pieces = {
-        batch: dict(
-            zip(
-                names,
-                problem.gradients(checkpoint, data, size).split(sizes, 1),
-                strict=True,
-            )
+    train, targets = (
+        dict(zip(names, flat.split(sizes, 1), strict=True))
+        for flat in (
+            problem.gradients(checkpoint, problem.train, problem.n),
+            problem.gradients(checkpoint, problem.targets, problem.m),
         )
-        for batch, data, size in (
-            ("train", problem.train, problem.n),
-            ("targets", problem.targets, problem.m),
-        )
-    }
+    )
     weights = problem.out_to_loss(checkpoint)[:, None]
     expected = torch.zeros(problem.n, problem.m, dtype=torch.float64)
     for layer, factors in zip(method._layers, method._factors[0], strict=True):
-        o = len(factors.left)
 
-        def joined(batch: str, name: str = layer.weight, o: int = o) -> Tensor:
-            weight = pieces[batch][name]
-            weight = weight.reshape(len(weight), o, -1)
-            bias = pieces[batch].get(name.replace("weight", "bias"))
+        def joined(grads: dict[str, Tensor], layer: Any = layer) -> Tensor:
+            shape = problem.parameters()[layer.weight].shape
+            weight = grads[layer.weight].unflatten(1, shape)
+            weight = weight.mT if layer.transposed else weight.flatten(2)
+            bias = grads.get(layer.weight.replace("weight", "bias"))
             return weight if bias is None else torch.cat([weight, bias[:, :, None]], 2)
 
         # The loss's gradient is -Q times that of the output.
-        rotated = (
-            factors.left.T @ (weights[:, :, None] * joined("train")) @ factors.right
-        )
+        rotated = factors.left.T @ (weights[:, :, None] * joined(train)) @ factors.right
         eigenvalues = rotated.square().mean(0)
         torch.testing.assert_close(factors.eigenvalues, eigenvalues)
         damping = 0.1 * float(eigenvalues.mean())
         made = precondition(
-            joined("targets"), factors.left, factors.right, eigenvalues, damping
+            joined(targets), factors.left, factors.right, eigenvalues, damping
         )
-        expected += weights * (joined("train").flatten(1) @ made.flatten(1).T)
+        expected += weights * (joined(train).flatten(1) @ made.flatten(1).T)
     assert_scores(found, expected)
+    return method
+
+
+def test_ekfac_of_positions_and_convolutions() -> None:
+    problem = classification(Shared(), 1, 5, 4, checkpoints=1, n=7)
+    assert assert_ekfac_is_of_its_layers(problem).coverage == 1 - 4 / 47
+
+
+def language_model(kind: str) -> Problem:
+    transformers = pytest.importorskip("transformers")
+    shared = {"vocab_size": 20, "num_labels": 3, "pad_token_id": 0}
+    if kind == "Bert":
+        sizes = {"hidden_size": 4, "num_hidden_layers": 1, "intermediate_size": 6}
+        sizes |= {"num_attention_heads": 2, "max_position_embeddings": 8}
+    else:
+        sizes = {"n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+        sizes |= {"bos_token_id": 1, "eos_token_id": 1}
+    config = getattr(transformers, f"{kind}Config")(**shared, **sizes)
+    model = getattr(transformers, f"{kind}ForSequenceClassification")(config).double()
+
+    def batch(n: int, seed: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(1, 20, (n, 5), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[::2, 3:] = 0
+        ids *= mask  # the padding's id: GPT-2 looks for it
+        return {"input_ids": ids, "attention_mask": mask, "labels": classes(n)}
+
+    return Problem(
+        model,
+        batch(7, 1),
+        batch(3, 2),
+        7,
+        3,
+        [randomized(model, 0)],
+        task="text_classification",
+        call=lambda model, batch: (
+            model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).logits
+        ),
+        labels=lambda batch: batch["labels"],
+    )
+
+
+@pytest.mark.parametrize("kind", ["Bert", "GPT2"])
+def test_models_of_transformers(kind: str) -> None:
+    problem = language_model(kind)
+    method = assert_ekfac_is_of_its_layers(problem)
+    assert any(it.transposed for it in method._layers) is (kind == "GPT2")
+    exact = InfluenceFunction(
+        problem.model,
+        problem.task,
+        problem.checkpoints,
+        damping=DAMPING,
+        tolerance=1e-10,
+        max_iterations=1000,
+    )
+    checkpoint = problem.checkpoints[0]
+    found = scores(exact, problem)
+    parameters = list(problem.parameters().values())
+    outputs = problem.call(problem.model, problem.train)
+    rows = reference.loop_gradients(
+        lambda i: problem.call(problem.model, problem.train).reshape(-1)[i],
+        3 * problem.n,
+        parameters,
+    ).view(problem.n, 3, -1)
+    chances = outputs.detach().softmax(1)
+    inner = torch.diag_embed(chances) - chances[:, :, None] * chances[:, None, :]
+    matrix = torch.einsum("bkd,bkl,ble->de", rows, inner, rows) / problem.n
+    damped = matrix + DAMPING * torch.eye(len(matrix), dtype=matrix.dtype)
+    targets = problem.gradients(checkpoint, problem.targets, problem.m)
+    train = problem.gradients(checkpoint, problem.train, problem.n)
+    weights = problem.out_to_loss(checkpoint)[:, None]
+    assert_scores(found, weights * (train @ torch.linalg.solve(damped, targets.T)))
 
 
 def test_layers_without_factors() -> None:
