@@ -18,6 +18,7 @@ from tests.problems import Problem, classes, classification, draw, randomized, s
 from trak import modelout_functions
 from trak.errors import (
     ConvergenceError,
+    GradientError,
     NoCheckpointError,
     NonFiniteError,
     OptionError,
@@ -29,6 +30,7 @@ from trak.methods import EKFAC, Arnoldi, InfluenceFunction, TrainingLoss
 from trak.methods._curvature import Curvature, CurvatureProducts
 from trak.methods._curvature_loss import loss_of_task
 from trak.methods._kronecker import precondition, squared_rotated
+from trak.methods._kronecker_layers import Listener
 from trak.methods._solvers import conjugate_gradients, lanczos, lissa
 
 DAMPING = 0.05
@@ -301,6 +303,19 @@ def test_the_default_damping_is_a_mean_eigenvalue() -> None:
     assert abs(method.convergence[0].damping / expected - 1) < 4 * spread
 
 
+def test_a_negative_trace_is_no_unit_of_damping() -> None:
+    problem = make()
+    method = InfluenceFunction(
+        problem.model,
+        problem.task,
+        problem.checkpoints,
+        curvature="hessian",
+        loss=lambda model, batch: -model(batch[0]).square().mean(),
+    )
+    with pytest.raises(OptionError, match="the trace of the curvature at checkpoint 0"):
+        scores(method, problem)
+
+
 def test_the_curvature_is_of_a_checkpoints_own_examples() -> None:
     problem = make()
     rows = torch.tensor([0, 2, 3, 9])
@@ -532,6 +547,13 @@ def test_models_of_transformers(kind: str) -> None:
     train = problem.gradients(checkpoint, problem.train, problem.n)
     weights = problem.out_to_loss(checkpoint)[:, None]
     assert_scores(found, weights * (train @ torch.linalg.solve(damped, targets.T)))
+
+
+def test_a_layer_that_cannot_be_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make()
+    monkeypatch.setattr(Listener, "refusal", lambda *_: "it is not called so")
+    with pytest.raises(GradientError, match=r"formed: 2 \(Linear\): it is not called"):
+        scores(EKFAC(problem.model, problem.task, problem.checkpoints), problem)
 
 
 def test_layers_without_factors() -> None:
