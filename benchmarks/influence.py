@@ -107,7 +107,7 @@ def _methods(data: digits_model.Digits) -> Iterator[tuple[str, Score, int]]:
         yield f"Arnoldi 200 {multiple:g}", of(Arnoldi, multiple=multiple), 5
     for multiple in (10.0, 3.0, 1.0, 0.3):
         cg = of(InfluenceFunction, multiple=multiple, tolerance=1e-2)
-        yield f"CG {multiple:g}", cg, 5 if multiple >= 3 else 1
+        yield f"CG {multiple:g}", cg, 5 if multiple >= 1 else 1
     lissa = {"solver": "lissa", "depth": 300}
     yield "LiSSA 1", of(InfluenceFunction, **lissa, multiple=1.0), 1
     hessian = {"curvature": "hessian", "multiple": 3.0, "tolerance": 1e-2}
