@@ -75,6 +75,10 @@ class SingularKernelError(TrakError, RuntimeError):
     """The kernel of the features has no inverse at the damping asked for."""
 
 
+class ConvergenceError(TrakError, ArithmeticError):
+    """An iteration diverges, or cannot reach an answer."""
+
+
 class OutOfMemoryError(TrakError, MemoryError):
     """There is not enough memory even for the smallest tile."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import warnings
 from typing import Any
@@ -24,6 +25,7 @@ from trak.gradient_computers._ladder import (
 )
 from trak.gradient_computers._remaining import has_batched_form
 from trak.gradient_computers._sinks import GradientCollector, GradientSink
+from trak.gradient_computers._stations import Station
 
 _LOGGER = logging.getLogger("TRAK")
 
@@ -79,6 +81,18 @@ class HookGradientComputer(SelectiveGradientComputer):
     def coverage(self) -> Coverage:
         """Which way serves each parameter; before the first batch, as it is planned."""
         return self._made().ladder.coverage()
+
+    def layer_stations(self) -> list[Station]:
+        """List the layers that a rule serves, as the batches so far proved it.
+
+        Returns:
+            A station for each, to listen there; the engine's own are left as they are.
+        """
+        return [
+            dataclasses.replace(it, by_rule=dict(it.by_rule), by_module={}, copied={})
+            for it in self._made().ladder.stations
+            if it.by_rule
+        ]
 
     def compute_per_sample_grad(self, batch: Batch) -> dict[str, Tensor]:
         r"""Compute :math:`\nabla_\theta f(z_i; \theta)` for every example of a batch.
