@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy_banks import MissingBankError, given, judges
+from accuracy_banks import MissingBankError, given, judges, ship
 from accuracy_cells import CellError, Runner
 from accuracy_counterfactual import counterfactual
 from accuracy_data import FILES
@@ -33,6 +33,7 @@ from accuracy_truths import TRUTHS, Truth
 from speed import proc_field, revision
 
 import trak
+from trak.evaluation import GroundTruth
 
 HERE = Path(__file__).parent
 UPSTREAM = HERE.parent / ".venv-upstream" / "bin" / "python"
@@ -48,6 +49,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=HERE / "results" / "accuracy")
     parser.add_argument("--banks", type=Path, help="checkpoints and retrainings")
     parser.add_argument("--as-stored", action="store_true", help="retrain nothing more")
+    parser.add_argument("--retrain", action="store_true", help="train judges as well")
+    parser.add_argument("--ship", action="store_true", help="only write small banks")
     parser.add_argument("--theirs", type=Path, default=UPSTREAM)
     parser.add_argument("--alone", action="store_true", help="leave traker out")
     parser.add_argument("--methods", help="of the methods, only these, with commas")
@@ -87,7 +90,7 @@ def choose(given: argparse.Namespace) -> Iterator[Truth]:
 def prepared(truth: Truth, runner: Runner, plan: str) -> Truth:
     """Train what is missing of a truth, less of it for the quick plan."""
     if plan == "quick":
-        truth = replace(truth, n_checkpoints=5, n_subsets=60, n_repeats=1)
+        truth = replace(truth, n_checkpoints=5)
         truth = replace(truth, n_given=min(truth.n_given, 100))
     if runner.as_stored:
         if truth.n_given:
@@ -99,7 +102,6 @@ def prepared(truth: Truth, runner: Runner, plan: str) -> Truth:
         return truth
     for _ in truth.checkpoints(runner.folder):
         pass
-    judges(truth, runner.folder, as_stored=False)
     if truth.n_given:
         given(truth, runner.folder, as_stored=False)
     return truth
@@ -139,6 +141,18 @@ def measure(given: argparse.Namespace, runner: Runner) -> dict[str, Any]:
     return results
 
 
+def judged_by(truth: Truth, runner: Runner) -> GroundTruth:
+    """Read what judges a truth; train it where nothing else is there, or is wanted."""
+    if runner.retrain:
+        return judges(truth, runner.folder, as_stored=False)
+    try:
+        return judges(truth, runner.folder, as_stored=True)
+    except MissingBankError:
+        if runner.as_stored:
+            raise
+        return judges(truth, runner.folder, as_stored=False)
+
+
 def one_truth(
     truth: Truth,
     chosen: list[Line],
@@ -148,7 +162,7 @@ def one_truth(
     only_judge: bool,
 ) -> None:
     """Run and judge the lines of a truth."""
-    bank = judges(truth, runner.folder, as_stored=runner.as_stored)
+    bank = judged_by(truth, runner)
     done = []
     for line in chosen:
         try:
@@ -212,8 +226,13 @@ def main() -> int:
         theirs=theirs,
         limit=60 * (given.minutes or MINUTES[given.plan]),
         as_stored=given.as_stored,
+        retrain=given.retrain,
         say=lambda line: print(line, flush=True),
     )
+    if given.ship:
+        for truth in choose(given):
+            ship(judged_by(truth, runner), truth)
+        return 0
     results = measure(given, runner)
     print("\n".join(f"\n{text}" for text in sections(results).values() if text))
     print(f"\nWritten to {given.work}/accuracy.json, .md, .svg and .png")

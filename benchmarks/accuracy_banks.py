@@ -14,6 +14,10 @@ PUBLISHED = "kronfluence_lds_groundtruth.npz"
 """``rte_masks`` (100, 2432) and ``rte_margins`` (100, 277) of BERT retrainings."""
 
 
+SHIPPED = Path(__file__).with_name("banks")
+"""Banks that judge without any retraining, in half precision."""
+
+
 class MissingBankError(Exception):
     """Nothing is there to judge by."""
 
@@ -27,6 +31,8 @@ def judging_masks(truth: Truth) -> np.ndarray:
 
 def judges(truth: Truth, folder: Path, *, as_stored: bool) -> GroundTruth:
     """Read the retrainings that judge, and train what is missing unless ``as_stored``.
+
+    Where the directory has none, those that come with the benchmark are taken.
 
     Args:
         truth: The truth.
@@ -43,7 +49,19 @@ def judges(truth: Truth, folder: Path, *, as_stored: bool) -> GroundTruth:
         return _published(truth)
     if not as_stored:
         return truth.judges(folder)
-    return _stored(truth, folder / f"{truth.name}.npz", JUDGES)
+    path = folder / f"{truth.name}.npz"
+    if not path.exists() and not path.with_name(f"{path.name}.parts").exists():
+        path = SHIPPED / path.name
+    return _stored(truth, path, JUDGES)
+
+
+def ship(bank: GroundTruth, truth: Truth) -> None:
+    """Write a bank in half precision beside the benchmark: ranks hardly change."""
+    SHIPPED.mkdir(exist_ok=True)
+    small = bank.outputs.astype(np.float16)
+    about = {"trained_by": "python benchmarks/accuracy.py --ship", **truth.metadata}
+    path = SHIPPED / f"{truth.name}.npz"
+    GroundTruth(bank.masks, small, metadata=about).save(path)
 
 
 def given(truth: Truth, folder: Path, *, as_stored: bool) -> GroundTruth:
@@ -64,7 +82,7 @@ def _stored(truth: Truth, path: Path, seed: int) -> GroundTruth:
     """Read the whole subsets that are there, as many as come first."""
     if path.exists():
         bank = GroundTruth.load(path)
-        masks, outputs = bank.masks, bank.outputs
+        masks, outputs = bank.masks, bank.outputs.astype(np.float64)
     else:
         outputs = read_parts(path, truth.n_repeats)
         masks = random_subsets(truth.split.n, truth.n_subsets, seed=seed)[

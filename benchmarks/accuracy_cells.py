@@ -42,7 +42,11 @@ class Runner:
     """Seconds that a line may take."""
 
     as_stored: bool
+    """Whether nothing may be retrained."""
+
     say: Callable[[str], None]
+    retrain: bool = False
+    """Whether judges are retrained although there are some."""
 
     @property
     def cells(self) -> Path:
