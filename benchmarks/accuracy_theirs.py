@@ -114,11 +114,11 @@ def main() -> None:
 
 def run(one: Run, job: dict[str, Any], masks: np.ndarray) -> tuple[dict, dict]:
     counts = job["line"]["counts"]
-    # All gradients come first: finalizing frees what its projector on the CPU needs.
+    # All gradients come first, and finalizing once: it frees what its projector on the
+    # CPU needs, and fails where that is free already.
     each = [timed(one.gradients, c)[0] for c in range(max(counts))]
-    for c in range(max(counts)):
-        took, _ = timed(one.traker.finalize_features, [c])
-        each[c] = {k: each[c][k] + took[k] for k in took}
+    took, _ = timed(one.traker.finalize_features, list(range(max(counts))))
+    each = [{k: part[k] + took[k] / len(each) for k in took} for part in each]
     steps, predictions = {}, {}
     for count in counts:
         took, scores = timed(one.scores, count)

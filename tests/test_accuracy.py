@@ -73,8 +73,10 @@ def test_shipped_banks_are_those_of_their_truths(benchmark, path):
     n, m = bank.metadata["n"], bank.metadata["m"]
     assert bank.metadata["truth"] == truth.name
     assert {k: bank.metadata[k] for k in truth.recipe.as_dict()} == truth.recipe.as_dict()
-    assert bank.outputs.shape == (truth.n_subsets, truth.n_repeats, m)
-    expected = random_subsets(n, truth.n_subsets, seed=benchmark.truths.JUDGES)
+    s = bank.n_subsets
+    assert 50 <= s <= truth.n_subsets
+    assert bank.outputs.shape == (s, truth.n_repeats, m)
+    expected = random_subsets(n, s, seed=benchmark.truths.JUDGES)
     np.testing.assert_array_equal(bank.masks, expected)
     assert len(bank.non_finite()) == 0
     assert path.stat().st_size < 400_000
