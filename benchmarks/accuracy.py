@@ -62,10 +62,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def file_of(truth: str) -> str | None:
-    """Name the file that a truth's data are in; None where they come with scikit-learn.
+    """Name the file that a truth's data are in.
 
-    >>> file_of("cifar4"), file_of("digits")
-    ('cifar10_jpeg60k.tar.xz', None)
+    Returns:
+        Its name; None where they come with scikit-learn.
+
+    Example:
+        >>> file_of("cifar4"), file_of("digits")
+        ('cifar10_jpeg60k.tar.xz', None)
     """
     return FILES.get(truth.rstrip("0123456789") if truth.startswith("cifar") else truth)
 

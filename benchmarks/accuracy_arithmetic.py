@@ -37,10 +37,13 @@ class Spectrum:
         self.right = self.vectors.T @ right
 
     def kernel(self, multiple: float) -> Tensor:
-        r"""Compute :math:`X (X^\top X + \lambda I)^{-1} \phi^\top`. Shape ``(n, m)``.
+        r"""Compute :math:`X (X^\top X + \lambda I)^{-1} \phi^\top`.
 
         Args:
             multiple: :math:`\lambda` in mean eigenvalues.
+
+        Returns:
+            The products. Shape ``(n, m)``.
         """
         damped = self.values + multiple * self.unit
         return self.left @ (self.right / damped[:, None])

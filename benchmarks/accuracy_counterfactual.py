@@ -48,17 +48,15 @@ def counterfactual(truth: Truth, runner: Runner, plan: str) -> None:
     )
     rows: list[dict[str, Any]] = []
     for name, curve in curves.items():
-        rows.append(
-            {
-                "truth": truth.name,
-                "name": name,
-                "ks": list(curve.ks),
-                "mean": curve.mean.tolist(),
-                "interval": curve.interval.tolist(),
-                "targets": curve.n_targets,
-                "repeats": curve.n_repeats,
-            }
-        )
+        rows.append({
+            "truth": truth.name,
+            "name": name,
+            "ks": list(curve.ks),
+            "mean": curve.mean.tolist(),
+            "interval": curve.interval.tolist(),
+            "targets": curve.n_targets,
+            "repeats": curve.n_repeats,
+        })
     output.write_text(json.dumps(rows))
 
 

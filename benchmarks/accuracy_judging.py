@@ -56,7 +56,9 @@ def ratio(
     chosen = np.random.default_rng(0).integers(0, m, (n_bootstrap, m))
     means = first[chosen].mean(axis=1), second[chosen].mean(axis=1)
     # Where the lower one may be 0 or less, a ratio says nothing from above.
-    ratios = np.where(means[1] > 0, means[0] / np.where(means[1] > 0, means[1], 1), np.inf)
+    ratios = np.where(
+        means[1] > 0, means[0] / np.where(means[1] > 0, means[1], 1), np.inf
+    )
     low, high = np.quantile(ratios, [0.025, 0.975], method="nearest")
     middle = first.mean() / second.mean() if second.mean() > 0 else np.inf
     return float(middle), float(low), float(high)
@@ -86,24 +88,22 @@ def rows_of(
         scale = m / found["m"]
         own = step["seconds"]["cpu"] * scale / 60
         trained = step["trained"] * a_training["cpu"] / 60
-        rows.append(
-            {
-                "truth": truth,
-                "name": line.name,
-                "method": line.method,
-                "variant": line.variant,
-                "is_default": line.is_default,
-                "count": step["count"],
-                "label": step["label"],
-                "targets": found["m"],
-                "minutes": own + trained,
-                "scoring": own,
-                "training": trained,
-                "wall": step["seconds"]["wall"] * scale / 60,
-                "notes": step["notes"],
-                **judge(step["predictions"], bank),
-            }
-        )
+        rows.append({
+            "truth": truth,
+            "name": line.name,
+            "method": line.method,
+            "variant": line.variant,
+            "is_default": line.is_default,
+            "count": step["count"],
+            "label": step["label"],
+            "targets": found["m"],
+            "minutes": own + trained,
+            "scoring": own,
+            "training": trained,
+            "wall": step["seconds"]["wall"] * scale / 60,
+            "notes": step["notes"],
+            **judge(step["predictions"], bank),
+        })
     return rows
 
 
@@ -145,19 +145,17 @@ def validation(rows: Sequence[Row]) -> list[Row]:
         ]
         best = max(tried, key=lambda row: row["lds"])
         notes = chosen["notes"]
-        found.append(
-            {
-                "truth": chosen["truth"],
-                "count": chosen["count"],
-                "estimate": notes["lds"],
-                "interval": notes["interval"],
-                "multiple": notes["multiple"],
-                "exponents": notes["exponents"],
-                "lds": chosen["lds"],
-                "lds_interval": chosen["interval"],
-                "best": best["label"],
-                "best_lds": best["lds"],
-                "lost": 1 - chosen["lds"] / best["lds"] if best["lds"] > 0 else 0.0,
-            }
-        )
+        found.append({
+            "truth": chosen["truth"],
+            "count": chosen["count"],
+            "estimate": notes["lds"],
+            "interval": notes["interval"],
+            "multiple": notes["multiple"],
+            "exponents": notes["exponents"],
+            "lds": chosen["lds"],
+            "lds_interval": chosen["interval"],
+            "best": best["label"],
+            "best_lds": best["lds"],
+            "lost": 1 - chosen["lds"] / best["lds"] if best["lds"] > 0 else 0.0,
+        })
     return found

@@ -145,9 +145,7 @@ def diabetes_mlp() -> nn.Module:
 
 def mnist_mlp() -> nn.Module:
     """50,890 parameters for 28x28 images."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 64), nn.ReLU(), nn.Linear(64, 10))
 
 
 class _Block(nn.Module):

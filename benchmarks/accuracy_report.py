@@ -67,16 +67,14 @@ def versus_table(results: Row) -> str:
             middle, low, high = ratio(one["per_target"], best["per_target"])
             label = best["variant"] or "default"
             by = "" if best["method"] == "theirs" else "*"
-            lines.append(
-                (
-                    about["title"],
-                    str(count),
-                    with_interval(one),
-                    f"{best['lds']:.3f} ({label}){by}",
-                    f"{middle:.2f} [{low:.2f}, {high:.2f}]",
-                    f"{default['lds']:.3f}{'' if default['method'] == 'theirs' else '*'}",
-                )
-            )
+            lines.append((
+                about["title"],
+                str(count),
+                with_interval(one),
+                f"{best['lds']:.3f} ({label}){by}",
+                f"{middle:.2f} [{low:.2f}, {high:.2f}]",
+                f"{default['lds']:.3f}{'' if default['method'] == 'theirs' else '*'}",
+            ))
     if not lines:
         return ""
     head = ("truth", "checkpoints", "TRAK", "0.3.2 at its best `p`", "ratio", "default")
@@ -100,15 +98,13 @@ def methods_table(results: Row, truth: str) -> str:
             part = f" (first {row['targets']} targets)" * (
                 row["targets"] < results["truths"][truth]["m"]
             )
-            lines.append(
-                (
-                    f"{name}{chosen}{part}",
-                    str(row["count"] or "-"),
-                    with_interval(row),
-                    number(row["minutes"]),
-                    number(row["scoring"]),
-                )
-            )
+            lines.append((
+                f"{name}{chosen}{part}",
+                str(row["count"] or "-"),
+                with_interval(row),
+                number(row["minutes"]),
+                number(row["scoring"]),
+            ))
     head = ("method", "models", "LDS", "minutes", "of them not training")
     return table(head, lines)
 
@@ -125,18 +121,16 @@ def validation_table(results: Row) -> str:
         low, high = row["interval"]
         a, b = row["exponents"]
         x, y, multiple = row["best"].split("_")
-        lines.append(
-            (
-                results["truths"][row["truth"]]["title"],
-                str(row["count"]),
-                f"{row['estimate']:.3f} [{low:.3f}, {high:.3f}]",
-                f"{row['lds']:.3f}",
-                f"{row['multiple']:.3g}, ({a:g}, {b:g})",
-                f"{multiple}, ({x}, {y})",
-                f"{row['best_lds']:.3f}",
-                f"{100 * row['lost']:.1f} %",
-            )
-        )
+        lines.append((
+            results["truths"][row["truth"]]["title"],
+            str(row["count"]),
+            f"{row['estimate']:.3f} [{low:.3f}, {high:.3f}]",
+            f"{row['lds']:.3f}",
+            f"{row['multiple']:.3g}, ({a:g}, {b:g})",
+            f"{multiple}, ({x}, {y})",
+            f"{row['best_lds']:.3f}",
+            f"{100 * row['lost']:.1f} %",
+        ))
     head = (
         "truth",
         "checkpoints",

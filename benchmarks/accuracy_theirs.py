@@ -124,7 +124,9 @@ def run(one: Run, job: dict[str, Any], masks: np.ndarray) -> tuple[dict, dict]:
         took, scores = timed(one.scores, count)
         seconds = {k: took[k] + sum(part[k] for part in each[:count]) for k in took}
         if not np.isfinite(scores).all():
-            raise ValueError(f"{(~np.isfinite(scores)).mean():.0%} of scores not finite")
+            raise ValueError(
+                f"{(~np.isfinite(scores)).mean():.0%} of scores not finite"
+            )
         predictions[str(count)] = (masks @ scores.astype(np.float64)).astype("float32")
         known = {"count": count, "label": "", "trained": count, "notes": {}}
         steps[str(count)] = {**known, "seconds": seconds}

@@ -39,8 +39,12 @@ class Clock:
 def added(*parts: dict[str, float]) -> dict[str, float]:
     """Add times.
 
-    >>> added({"wall": 1.0, "cpu": 2.0}, {})
-    {'wall': 1.0, 'cpu': 2.0}
+    Returns:
+        The sums.
+
+    Example:
+        >>> added({"wall": 1.0, "cpu": 2.0}, {})
+        {'wall': 1.0, 'cpu': 2.0}
     """
     return {k: sum(part.get(k, 0.0) for part in parts) for k in ("wall", "cpu")}
 

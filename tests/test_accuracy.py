@@ -27,9 +27,9 @@ def benchmark():
     pytest.importorskip("sklearn")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        yield SimpleNamespace(
-            **{name: importlib.import_module(f"accuracy_{name}") for name in MODULES}
-        )
+        yield SimpleNamespace(**{
+            name: importlib.import_module(f"accuracy_{name}") for name in MODULES
+        })
 
 
 class Scored:
@@ -66,13 +66,17 @@ def diabetes(benchmark, tmp_path_factory):
 # -- banks ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", sorted(BANKS.glob("*.npz")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(BANKS.glob("*.npz")), ids=lambda path: path.stem
+)
 def test_shipped_banks_are_those_of_their_truths(benchmark, path):
     truth = benchmark.truths.TRUTHS[path.stem]
     bank = GroundTruth.load(path)
     n, m = bank.metadata["n"], bank.metadata["m"]
     assert bank.metadata["truth"] == truth.name
-    assert {k: bank.metadata[k] for k in truth.recipe.as_dict()} == truth.recipe.as_dict()
+    assert {
+        k: bank.metadata[k] for k in truth.recipe.as_dict()
+    } == truth.recipe.as_dict()
     s = bank.n_subsets
     assert 50 <= s <= truth.n_subsets
     assert bank.outputs.shape == (s, truth.n_repeats, m)
@@ -163,4 +167,6 @@ def test_formula_is_that_of_the_library(benchmark, diabetes):
     found = benchmark.arithmetic.weighted(spectrum.kernel(1.0), [weights], b)
     scores = diabetes.scores(1)
     scale = float(np.abs(scores).max())
-    torch.testing.assert_close(found / scale, scores.astype(float) / scale, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        found / scale, scores.astype(float) / scale, rtol=1e-3, atol=1e-3
+    )

@@ -35,7 +35,9 @@ def accuracy():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
         patch.setenv("PYTHONPATH", str(ROOT))  # so that workers find this trak
-        modules = {name: importlib.import_module(f"accuracy_{name}") for name in MODULES}
+        modules = {
+            name: importlib.import_module(f"accuracy_{name}") for name in MODULES
+        }
         yield SimpleNamespace(main=importlib.import_module("accuracy"), **modules)
 
 
