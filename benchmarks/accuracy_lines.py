@@ -105,11 +105,10 @@ def _word_counts(*parts: tuple) -> tuple:
 @torch.no_grad()
 def _sentences(setting: Setting, *parts: tuple) -> tuple:
     """Average the last states of the encoder as it comes, without any training."""
-    found = []
+    encoder, found = setting.truth.make().eval().bert, []
     for part in parts:
         rows = []
         for ids, kinds, mask, _ in zip(*(p.split(64) for p in part), strict=True):
-            encoder = setting.truth.make().eval().bert
             states = encoder(ids, token_type_ids=kinds, attention_mask=mask)
             weights = mask[..., None].float()
             states = states.last_hidden_state * weights
