@@ -54,32 +54,50 @@ class Run:
     """A TRAKer of 0.3.2 and what its parts took."""
 
     def __init__(self, job: dict[str, Any], save_dir: str) -> None:
-        from trak import TRAKer
-
         self.loaded = torch.load(job["materials"])
         self.job, self.truth = job, job["truth"]
-        options = job["line"]["options"]
-        task = self.loaded["task"]
+        self.save_dir = save_dir
         self.n = sum(len(batch[0]) for batch in self.loaded["train"])
         self.m = sum(len(batch[0]) for batch in self.loaded["targets"])
+        self.traker = self.open()
+
+    def open(self) -> Any:
+        """Make a TRAKer on the same store.
+
+        Finalizing frees what the projector on the CPU needs, and scoring before it stores
+        nothing, with no error: so gradients of training examples and of targets come from
+        two of them.
+        """
+        from trak import TRAKer
+
+        options, task = self.job["line"]["options"], self.loaded["task"]
         given = {} if "half" not in options else {"use_half_precision": options["half"]}
-        self.traker = TRAKer(
+        return TRAKer(
             MAKE[self.truth]().eval(),
             regression() if task == "regression" else task,
             train_set_size=self.n,
-            save_dir=save_dir,
+            save_dir=self.save_dir,
             device="cpu",
             proj_dim=options["p"],
             logging_level=logging.ERROR,
             **given,
         )
 
-    def gradients(self, c: int) -> None:
+    def checkpoint(self, c: int) -> Any:
         folder = Path(self.job["folder"]) / f"{self.truth}-checkpoints"
-        checkpoint = torch.load(folder / f"{c}.pt", weights_only=True)
-        self.traker.load_checkpoint(checkpoint, model_id=c)
+        return torch.load(folder / f"{c}.pt", weights_only=True)
+
+    def featurize(self, c: int) -> None:
+        self.traker.load_checkpoint(self.checkpoint(c), model_id=c)
         for batch in self.loaded["train"]:
             self.traker.featurize(batch=batch, num_samples=len(batch[0]))
+
+    def finalize(self, count: int) -> None:
+        self.traker.finalize_features(list(range(count)))
+        self.traker = self.open()
+
+    def score(self, c: int) -> None:
+        checkpoint = self.checkpoint(c)
         self.traker.start_scoring_checkpoint("targets", checkpoint, c, self.m)
         for batch in self.loaded["targets"]:
             self.traker.score(batch=batch, num_samples=len(batch[0]))
@@ -114,11 +132,12 @@ def main() -> None:
 
 def run(one: Run, job: dict[str, Any], masks: np.ndarray) -> tuple[dict, dict]:
     counts = job["line"]["counts"]
-    # All gradients come first, and finalizing once: it frees what its projector on the
-    # CPU needs, and fails where that is free already.
-    each = [timed(one.gradients, c)[0] for c in range(max(counts))]
-    took, _ = timed(one.traker.finalize_features, list(range(max(counts))))
+    each = [timed(one.featurize, c)[0] for c in range(max(counts))]
+    took, _ = timed(one.finalize, max(counts))
     each = [{k: part[k] + took[k] / len(each) for k in took} for part in each]
+    for c in range(max(counts)):
+        took, _ = timed(one.score, c)
+        each[c] = {k: each[c][k] + took[k] for k in took}
     steps, predictions = {}, {}
     for count in counts:
         took, scores = timed(one.scores, count)
@@ -127,6 +146,8 @@ def run(one: Run, job: dict[str, Any], masks: np.ndarray) -> tuple[dict, dict]:
             raise ValueError(
                 f"{(~np.isfinite(scores)).mean():.0%} of scores not finite"
             )
+        if not scores.any():
+            raise ValueError("all scores are 0: targets were not stored")
         predictions[str(count)] = (masks @ scores.astype(np.float64)).astype("float32")
         known = {"count": count, "label": "", "trained": count, "notes": {}}
         steps[str(count)] = {**known, "seconds": seconds}
