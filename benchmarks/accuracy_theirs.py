@@ -67,6 +67,9 @@ class Run:
         Finalizing frees what the projector on the CPU needs, and scoring before it stores
         nothing, with no error: so gradients of training examples and of targets come from
         two of them.
+
+        Returns:
+            The TRAKer.
         """
         from trak import TRAKer
 
