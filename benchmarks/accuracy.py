@@ -179,6 +179,9 @@ def one_truth(
             continue
         if runner.is_done(truth, line):
             done.append(line)
+        else:
+            text = f"{truth.name}, {line.name} {line.variant}".strip()
+            results["failed"].append(f"{text}: not run")
     training = runner.read(truth, Line("training", "training"))
     a_training = training["steps"]["1"]["seconds"]
     for line in done:

@@ -70,6 +70,8 @@ def panel(axes: Any, results: dict[str, Any], truth: str) -> None:
         else:
             axes.plot([x[0], x[0]], [low[0], high[0]], color=colour, lw=1)
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.minorticks_off()
     axes.axhline(0, color="#cccccc", lw=0.8, zorder=0)
     about = results["truths"][truth]
     axes.set_title(about["title"], fontsize=10)
@@ -105,8 +107,10 @@ def plot(results: dict[str, Any], paths: Sequence[Path]) -> None:
         legend |= dict(zip(labels, handles, strict=True))
     for axis in list(axes.flat)[len(truths) :]:
         axis.axis("off")
-    figure.supxlabel("minutes of one core, training of the models included")
-    figure.supylabel("LDS (95 % band over targets)")
+    for axis in axes[-1]:
+        axis.set_xlabel("minutes of one core, training included")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("LDS, 95 % band over targets")
     ordered = [name for name in COLOURS if name in legend]
     figure.legend(
         [legend[name] for name in ordered],

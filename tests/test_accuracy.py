@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[1]
 BANKS = ROOT / "benchmarks" / "banks"
 MODULES = ("truths", "banks", "arithmetic", "setting", "plan")
 
-DIGITS_1, DIGITS_5, DIABETES_5 = 0.44, 0.57, 0.3
-"""Measured: 0.51, 0.63, 0.0."""
+DIGITS_1, DIGITS_5, DIABETES_5 = 0.44, 0.57, 0.63
+"""Measured: 0.51, 0.63 and 0.71; other last bits of training move them by less than 0.03."""
 
 
 @pytest.fixture(scope="module")
