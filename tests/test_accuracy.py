@@ -18,7 +18,7 @@ BANKS = ROOT / "benchmarks" / "banks"
 MODULES = ("truths", "banks", "arithmetic", "setting", "plan")
 
 DIGITS_1, DIGITS_5, DIABETES_5 = 0.44, 0.57, 0.63
-"""Measured: 0.51, 0.63 and 0.71; other last bits of training move them by less than 0.03."""
+"""Measured: 0.51, 0.63 and 0.71; the rest is left for other machines' last bits."""
 
 
 @pytest.fixture(scope="module")
