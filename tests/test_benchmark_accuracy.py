@@ -1,0 +1,335 @@
+"""The accuracy benchmark: its arithmetic, its plan, its tables, and one small run."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from trak.evaluation import GroundTruth, lds, random_subsets
+
+ROOT = Path(__file__).parents[1]
+MODULES = (
+    "arithmetic",
+    "banks",
+    "cells",
+    "data",
+    "judging",
+    "plan",
+    "plot",
+    "report",
+    "truths",
+    "worker",
+)
+
+
+@pytest.fixture(scope="module")
+def accuracy():
+    """The benchmark's modules; they are found as when it runs as a script."""
+    pytest.importorskip("sklearn")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        patch.setenv("PYTHONPATH", str(ROOT))  # so that workers find this trak
+        modules = {
+            name: importlib.import_module(f"accuracy_{name}") for name in MODULES
+        }
+        yield SimpleNamespace(main=importlib.import_module("accuracy"), **modules)
+
+
+# -- arithmetic -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "p"), [(7, 3), (3, 7), (5, 5)])
+@pytest.mark.parametrize("power", [0.0, 0.25])
+def test_kernels_are_those_of_the_formula(accuracy, n, p, power):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(n, p, generator=generator, dtype=torch.float64)
+    targets = torch.randn(4, p, generator=generator, dtype=torch.float64)
+    weights = np.linspace(-1, 2, n)
+    x = rows * torch.from_numpy(np.abs(weights) ** power)[:, None]
+    gram = x.T @ x
+    damping = 0.3 * gram.trace() / min(n, p)
+    damped = gram + damping * torch.eye(p, dtype=torch.float64)
+    expected = x @ torch.linalg.solve(damped, targets.T)
+    found = accuracy.arithmetic.Spectrum(rows, targets, weights, power).kernel(0.3)
+    torch.testing.assert_close(found, expected)
+
+
+def test_weights_keep_their_sign(accuracy):
+    total = torch.ones(2, 1, dtype=torch.float64)
+    weights = [np.array([4.0, -1.0]), np.array([4.0, -7.0])]
+    found = accuracy.arithmetic.weighted(total, weights, 0.5)
+    np.testing.assert_allclose(found, [[1.0], [-1.0]])
+
+
+def test_undamped_scores_do_not_follow_the_scale_of_gradients(accuracy):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(20, 3, generator=generator)
+    found = accuracy.arithmetic.undamped(rows, rows[:2])
+    larger = accuracy.arithmetic.undamped(10 * rows, 10 * rows[:2])
+    torch.testing.assert_close(larger, 100 * found, rtol=1e-3, atol=1e-3)
+
+
+# -- judging --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bank():
+    rng = np.random.default_rng(0)
+    return GroundTruth(random_subsets(20, 12, seed=0), rng.standard_normal((12, 2, 5)))
+
+
+def test_predictions_are_judged_as_scores_are(accuracy, bank):
+    scores = np.random.default_rng(1).standard_normal((20, 5))
+    found = accuracy.judging.judge(bank.masks @ scores, bank)
+    expected = lds(scores, bank)
+    assert found["lds"] == pytest.approx(expected.mean)
+    assert found["interval"] == pytest.approx(list(expected.interval))
+
+
+def test_fewer_subsets_and_targets_are_the_first_ones(accuracy, bank):
+    scores = np.random.default_rng(1).standard_normal((20, 3))
+    few = GroundTruth(bank.masks[:7], bank.outputs[:7])
+    found = accuracy.judging.judge(bank.masks @ scores, few)
+    assert found["lds"] == pytest.approx(
+        lds(scores, bank.masks[:7], few.outputs[:, :, :3]).mean
+    )
+
+
+def test_ratios_resample_targets_together(accuracy):
+    values = np.random.default_rng(0).uniform(0.1, 0.5, 50)
+    assert accuracy.judging.ratio(3 * values, values) == pytest.approx((3, 3, 3))
+
+
+def test_a_ratio_to_nothing_has_no_upper_end(accuracy):
+    middle, low, high = accuracy.judging.ratio([0.4, 0.4], [-0.1, 0.2])
+    assert (middle, high) == (pytest.approx(8.0), np.inf)
+    assert low == pytest.approx(2.0)
+
+
+def row(**given):
+    known = {
+        "truth": "digits",
+        "name": "TRAK",
+        "method": "trak",
+        "variant": "",
+        "is_default": True,
+        "count": 1,
+        "label": "",
+        "targets": 3,
+        "minutes": 0.5,
+        "scoring": 0.25,
+        "training": 0.25,
+        "wall": 0.5,
+        "notes": {},
+        "lds": 0.4,
+        "interval": [0.3, 0.5],
+        "per_target": [0.4, 0.3, 0.5],
+    }
+    return {**known, **given}
+
+
+def test_the_truth_chooses_among_variants(accuracy):
+    rows = [row(variant="1", lds=0.2), row(variant="10", lds=0.3), row(count=2)]
+    one, two = accuracy.judging.best_variants(rows)
+    assert (one["variant"], one["chosen"]) == ("10", True)
+    assert two["chosen"] is False
+
+
+def test_cross_validation_is_held_against_the_best_on_the_truth(accuracy):
+    notes = {"lds": 0.37, "interval": [0.3, 0.4], "multiple": 1.2, "exponents": [0, 1]}
+    rows = [
+        row(method="grid", label="0_1_1", lds=0.3),
+        row(method="grid", label="0_1_3", lds=0.4),
+        row(method="grid", notes=notes, lds=0.38, single=0.3),
+    ]
+    (found,) = accuracy.judging.validation(rows)
+    assert found["best"] == "0_1_3"
+    assert found["lost"] == pytest.approx(0.05)
+
+
+# -- plan -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["quick", "default", "full"])
+def test_every_line_has_files_of_its_own(accuracy, plan):
+    for name, truth in accuracy.truths.TRUTHS.items():
+        found = accuracy.plan.lines(name, truth.n_checkpoints, truth.n_given, plan)
+        keys = [line.key(name) for line in found]
+        assert len(set(keys)) == len(keys)
+        assert all(max(line.counts) <= 2000 for line in found)
+
+
+def test_one_variant_of_a_name_is_the_default(accuracy):
+    found = accuracy.plan.lines("digits", 20, 2000, "default")
+    for name in ("EK-FAC", "Arnoldi", "influence, CG", "traker's arithmetic"):
+        group = [line for line in found if line.name == name]
+        assert sum(line.is_default for line in group) == 1
+
+
+def test_truths_without_their_data_are_left_out_with_a_line(accuracy, tmp_path, capsys):
+    options = ["--truths", "digits,mnist,rte", "--data", str(tmp_path)]
+    found = list(accuracy.main.choose(accuracy.main.parse(options)))
+    assert [truth.name for truth in found] == ["digits"]
+    said = capsys.readouterr().out
+    assert "mnist70k.npz" in said
+    assert "rte_{train,validation}.parquet" in said
+
+
+def test_without_a_directory_all_that_need_one_are_left_out(accuracy, capsys):
+    found = list(accuracy.main.choose(accuracy.main.parse([])))
+    assert [truth.name for truth in found] == ["digits", "diabetes"]
+    assert "pass --data" in capsys.readouterr().out
+
+
+# -- banks ----------------------------------------------------------------------------
+
+
+def test_parts_of_a_bank_are_read_as_far_as_they_are_whole(accuracy, tmp_path):
+    folder = tmp_path / "bank.npz.parts"
+    folder.mkdir()
+    for j, k in ((0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (3, 0), (3, 1)):
+        np.savez(folder / f"{j:06d}-{k:04d}-{'0' * 32}.npz", outputs=np.full(4, j + k))
+    found = accuracy.banks.read_parts(tmp_path / "bank.npz", 2)
+    np.testing.assert_array_equal(found[:, :, 0], [[0, 1], [1, 2]])
+    assert accuracy.banks.read_parts(tmp_path / "none.npz", 2).shape == (0, 2, 0)
+
+
+def test_a_bank_of_other_subsets_is_refused(accuracy, tmp_path):
+    truth = accuracy.truths.TRUTHS["diabetes"]
+    masks = random_subsets(342, 5, seed=99)
+    GroundTruth(masks, np.zeros((5, 2, 100))).save(tmp_path / "diabetes.npz")
+    with pytest.raises(accuracy.banks.MissingBankError, match="subsets of this truth"):
+        accuracy.banks.judges(truth, tmp_path, as_stored=True)
+
+
+def test_nothing_is_trained_where_that_is_not_wanted(accuracy, tmp_path):
+    truth = accuracy.truths.TRUTHS["diabetes"]
+    with pytest.raises(accuracy.banks.MissingBankError, match="has 0 subsets"):
+        accuracy.banks.given(truth, tmp_path, as_stored=True)
+
+
+# -- results --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results(accuracy):
+    about = {
+        "title": "digits, CNN",
+        "n": 20,
+        "m": 3,
+        "subsets": 12,
+        "repeats": 2,
+        "training": 0.25,
+        "checkpoints": 5,
+    }
+    notes = {"lds": 0.37, "interval": [0.3, 0.4], "multiple": 1.2, "exponents": [0, 1]}
+    rows = [
+        row(),
+        row(count=2, minutes=1.0, lds=0.5, interval=[0.4, 0.6]),
+        row(name="traker's arithmetic", method="arithmetic", variant="p=512", lds=0.1),
+        row(name="similarity of inputs", method="similarity", count=0, minutes=0.0),
+        row(method="grid", name="TRAK, cross-validated", notes=notes, single=0.3),
+        row(method="grid", name="TRAK, cross-validated", label="0_1_1"),
+    ]
+    curve = {
+        "truth": "digits",
+        "name": "TRAK",
+        "ks": [1, 2, 4, 8],
+        "mean": [0.1, 0.2, 0.3, 0.4],
+        "interval": [[0.0, 1.0]] * 4,
+        "targets": 8,
+        "repeats": 3,
+    }
+    return {
+        "machine": {"date": "today"},
+        "truths": {"digits": about},
+        "rows": rows,
+        "failed": ["digits, LiSSA: stopped after 10 minutes"],
+        "counterfactual": [curve],
+        "validation": accuracy.judging.validation(rows),
+    }
+
+
+def test_tables_say_what_was_chosen_on_the_truth(accuracy, results):
+    text = accuracy.report.markdown(results)
+    assert "| digits, CNN | 1 | 0.400 [0.300, 0.500] | 0.100 (p=512)* |" in text
+    assert "1.2, (0, 1)" in text
+    assert "stopped after 10 minutes" in text
+    results["rows"].append(row(variant="10", lds=0.9))
+    assert "TRAK, 10 chosen on the truth" in accuracy.report.markdown(results)
+
+
+def test_pages_take_tables_between_their_marks(accuracy, results):
+    page = "a\n<!-- accuracy:versus -->\nold\n<!-- end -->\nb\n<!-- accuracy:sst2 --><!-- end -->"
+    found = accuracy.report.fill(page, results)
+    assert "old" not in found
+    assert found.startswith("a\n")
+    assert "Not in this run." in found
+    assert accuracy.report.fill(found, results) == found
+
+
+def test_pictures_are_the_same_from_the_same_figures(accuracy, results, tmp_path):
+    pytest.importorskip("matplotlib")
+    paths = [tmp_path / name for name in ("one.svg", "two.svg")]
+    for path in paths:
+        accuracy.plot.plot(results, [path])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+# -- cells ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runner(accuracy, tmp_path):
+    said = []
+    made = accuracy.cells.Runner(
+        Path(), tmp_path, tmp_path, None, 60.0, as_stored=True, say=said.append
+    )
+    return made, said
+
+
+def test_a_line_runs_once(accuracy, runner):
+    one, said = runner
+    truth = accuracy.truths.TRUTHS["diabetes"]
+    line = accuracy.plan.Line("random", "random")
+    for _ in range(2):
+        one.run(truth, line)
+    assert said[0] == "diabetes: random "
+    assert len(said) == 2
+    found = one.read(truth, line)
+    assert found["steps"]["0"]["predictions"].shape == (100, 100)
+    bank = accuracy.banks.judges(truth, one.folder, as_stored=True)
+    training = {"cpu": 60.0, "wall": 60.0}
+    (judged,) = accuracy.judging.rows_of("diabetes", line, found, bank, training)
+    assert abs(judged["lds"]) < 0.1
+    assert judged["training"] == 0
+
+
+def test_a_line_that_takes_too_long_is_killed_and_not_done(accuracy, runner):
+    one, _ = runner
+    truth = accuracy.truths.TRUTHS["diabetes"]
+    line = accuracy.plan.Line("random", "random")
+    with pytest.raises(accuracy.cells.CellError, match="stopped after"):
+        replace(one, limit=0.05).run(truth, line)
+    assert not one.is_done(truth, line)
+
+
+def test_a_line_that_fails_says_why(accuracy, runner):
+    one, _ = runner
+    truth = accuracy.truths.TRUTHS["diabetes"]
+    with pytest.raises(accuracy.cells.CellError, match="no attribute 'nonsense'"):
+        one.run(truth, accuracy.plan.Line("nonsense", "nonsense"))
+
+
+def test_lines_of_another_environment_want_it(accuracy, runner):
+    one, _ = runner
+    truth = accuracy.truths.TRUTHS["diabetes"]
+    line = accuracy.plan.Line("traker 0.3.2", "theirs", (1,), {"p": 256}, theirs=True)
+    with pytest.raises(accuracy.cells.CellError, match="no environment"):
+        one.run(truth, line)
