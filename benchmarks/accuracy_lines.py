@@ -19,6 +19,7 @@ from accuracy_plan import EXPONENTS, MULTIPLES
 from accuracy_setting import EXPERIMENT, Setting
 
 from trak import methods
+from trak._members import balanced
 from trak.evaluation import CheckpointData, GroundTruth, cross_validate
 
 
@@ -155,14 +156,15 @@ def grid(setting: Setting) -> Lines:
                 sums[a, multiple] = sums.get((a, multiple), 0) + part
         if c + 1 not in setting.line.counts:
             continue
-        all_weights = [one.out_to_loss for one in known]
+        all_weights = [balanced(one.out_to_loss, one.members) for one in known]
         for a, b in pairs:
             for multiple in MULTIPLES:
                 scores = weighted(sums[a, multiple], all_weights, b)
                 label = f"{a:g}_{b:g}_{multiple:g}"
                 yield Step(c + 1, lambda scores=scores: scores, label=label)
         if c + 1 >= 2:
-            yield _chosen(setting, known, spectra, pairs)
+            cheap = [pair for pair in pairs if pair[0] == default[0]]
+            yield _chosen(setting, known, spectra, cheap)
 
 
 def _record(setting: Setting, traker: Any, c: int) -> CheckpointData:
@@ -196,7 +198,8 @@ def _chosen(
         found.pop("per_target"), found.pop("targets")
         a, b = result.exponents
         total = sum(spectra[a, c].kernel(result.multiple) for c in range(count))
-        return weighted(total, [one.out_to_loss for one in known], b)
+        weights = [balanced(one.out_to_loss, one.members) for one in known]
+        return weighted(total, weights, b)
 
     return Step(count, scores, setting.spent(count), notes=found)
 

@@ -18,7 +18,7 @@ SKETCHES = (256, 512, 1024, 2048, 4096)
 MULTIPLES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Dampings of TRAK, in mean eigenvalues."""
 
-EXPONENTS = ((0.25, 0.25), (0.0, 1.0), (0.0, 0.5))
+EXPONENTS = tuple((a, b) for a in (0.25, 0.0) for b in (0.5, 0.25, 0.75, 1.0))
 """Powers of the out-to-loss weight, the default of classification first."""
 
 SMALL = ("digits", "diabetes", "mnist", "cifar4")

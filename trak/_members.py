@@ -1,4 +1,4 @@
-"""Which training examples a checkpoint was trained on: parsed, packed into text and back."""
+"""Which training examples a checkpoint was trained on: parsed, packed, allowed for."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from trak.errors import OptionError, StoreCorruptError, StoreMismatchError
+
+_SMALLEST_GROUP = 10  # examples; the mean of fewer says little
 
 
 def parse_train_inds(train_inds: object, n: int) -> Bool[np.ndarray, " n"]:
@@ -131,6 +133,39 @@ def unpack_mask(record: Mapping[str, Any], n: int, where: str) -> np.ndarray:
             f"is damaged; delete it, and pass train_inds to load_checkpoint again."
         )
     return mask
+
+
+def balanced(
+    out_to_loss: Float64[np.ndarray, " n"], members: Bool[np.ndarray, " n"] | None
+) -> Float64[np.ndarray, " n"]:
+    """Bring weights of members and of other examples to the same mean size.
+
+    A model fits the examples that it was trained on better than others, so their
+    out-to-loss weights are smaller whatever they would be worth.
+
+    Args:
+        out_to_loss: A checkpoint's weights, signed. Shape ``(n,)``.
+        members: Which examples it was trained on; None if that is not known. Shape
+            ``(n,)``.
+
+    Returns:
+        Each group's weights, scaled so that the mean of their sizes is that of all; the
+        weights as they are where a group has fewer than 10 examples or weights of 0 only.
+        Shape ``(n,)``.
+
+    Example:
+        >>> balanced(np.repeat([-1.0, 3.0], 10), np.repeat([True, False], 10))[[0, -1]]
+        array([-2.,  2.])
+    """
+    if members is None or min(members.sum(), (~members).sum()) < _SMALLEST_GROUP:
+        return out_to_loss
+    sizes = np.abs(out_to_loss)
+    inside, outside = sizes[members].mean(), sizes[~members].mean()
+    if not (inside > 0 and outside > 0):
+        return out_to_loss
+    factors = np.where(members, sizes.mean() / inside, sizes.mean() / outside)
+    scaled: np.ndarray = out_to_loss * factors
+    return scaled
 
 
 def check_same_members(

@@ -18,6 +18,7 @@ from trak._blocked import Block, Side
 from trak._features import Features
 from trak._layout import PENDING
 from trak._linalg import Kernel, is_finite
+from trak._members import balanced
 from trak._readiness import (
     require_features,
     require_finalized,
@@ -186,8 +187,8 @@ class Scoring:
             multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
 
         Returns:
-            Readers of its rows, with its kernel; and its out-to-loss weights, of shape
-            ``(n,)``.
+            Readers of its rows, with its kernel; and its out-to-loss weights for the
+            result, balanced if it is known what it was trained on, of shape ``(n,)``.
         """
         saver = self._saver
         saver.load_current_store(model_id)
@@ -201,7 +202,8 @@ class Scoring:
             targets = read_rows(
                 saver.current_store, f"{exp_name}_", self.features.device
             )
-        weight = np.asarray(store["out_to_loss"], dtype=np.float64).reshape(-1)
+        raw = np.asarray(store["out_to_loss"], dtype=np.float64).reshape(-1)
+        weight = balanced(raw, saver.members(model_id))
         blocked = as_blocked(self._computer)
         if blocked is None or not has_grads:
             train = read_array(store["features"], self.features.device)
@@ -306,7 +308,8 @@ class Scoring:
             self.features.check_same(model_id)
             require_features(self._saver, model_id, on_demand=self.features.on_demand)
             side, weight = self.side(model_id, None)
-            row_weights = blocked.exponents.row_weights(weight)
+            raw = self._saver.current_store["out_to_loss"]
+            row_weights = blocked.exponents.row_weights(raw)
             found = blocked.self_influence(
                 side, self.features.n, self.features.p, row_weights
             )

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float64
 
+from trak._exponents import Exponents as WeightExponents
 from trak._linalg import RowReader
+from trak._members import balanced
 from trak.evaluation._cross_validation_checks import (
     check_arrays,
     check_options,
@@ -96,6 +98,7 @@ def cross_validate(
         \qquad
         w^{(-j)} = \operatorname{sign}(\bar Q^{(-j)}) |\bar Q^{(-j)}|^b
 
+    with each checkpoint's :math:`Q_c` balanced between its members and the others.
     Nothing of :math:`j` is in its prediction but the subset. The variance of :math:`g_j`
     over subsets is known without training, so that a few pairs :math:`(g_j, f_j)` for
     each target are enough.
@@ -279,10 +282,8 @@ def _measure(
 
 
 def _source(job: _Job, one: CheckpointData, a: float, columns: int) -> Source:
-    scale = None
-    if a > 0:
-        powers = np.abs(one.out_to_loss)[:, None] ** a
-        scale = torch.from_numpy(powers).float()
+    powers = WeightExponents(a).row_weights(one.out_to_loss)
+    scale = None if powers is None else torch.from_numpy(powers)[:, None]
     cut = None if columns == job.sizes.p else columns
     return Source(
         scaled_rows(one.train, scale, cut),
@@ -316,9 +317,10 @@ def _halves(job: _Job, powers: Sequence[float]) -> list[ScoreSet]:
 def _weights(
     job: _Job, scorers: Sequence[int], powers: Sequence[float]
 ) -> Float64[np.ndarray, "n w"]:
-    mean = np.mean([job.checkpoints[c].out_to_loss for c in scorers], axis=0)
-    signed = [np.sign(mean) * np.abs(mean) ** power for power in powers]
-    return np.stack(signed, axis=1).astype(np.float64)
+    used = [job.checkpoints[c] for c in scorers]
+    mean = np.mean([balanced(one.out_to_loss, one.members) for one in used], axis=0)
+    found = [WeightExponents(result=power).result_weights(mean) for power in powers]
+    return np.stack(found, axis=1)
 
 
 def _prediction(job: _Job, j: int, one: ScoreSet, total: torch.Tensor) -> Prediction:

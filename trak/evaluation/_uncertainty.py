@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float, Float64
 from torch import Tensor
 
+from trak._exponents import Exponents
 from trak.errors import OptionError
 from trak.evaluation._arrays import to_numpy
 from trak.evaluation._cross_validation_maths import (
@@ -44,7 +45,7 @@ def combine(
     if out_to_loss is None:
         return mean
     weight = out_to_loss.mean(axis=0, dtype=np.float64)
-    scores: np.ndarray = (np.sign(weight) * np.abs(weight) ** exponent)[:, None] * mean
+    scores: np.ndarray = _result_weights(weight, exponent) * mean
     return scores
 
 
@@ -87,12 +88,18 @@ def standard_errors(
         left: np.ndarray = (total - blocks[index]) / (count - 1)
         if weights is not None:
             others = (weights.sum(axis=0) - weights[index]) / (count - 1)
-            left *= (np.sign(others) * np.abs(others) ** exponent)[:, None]
+            left *= _result_weights(others, exponent)
         step = left - mean
         mean += step / (index + 1)
         squares += step * (left - mean)  # Welford: no cancellation where all agree
     result: np.ndarray = np.sqrt(squares * (count - 1) / count)
     return result
+
+
+def _result_weights(
+    mean: Float64[np.ndarray, " n"], exponent: float
+) -> Float64[np.ndarray, "n 1"]:
+    return Exponents(result=exponent).result_weights(mean)[:, None]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
+from trak._members import balanced
 from trak.errors import OptionError
 from trak.evaluation._arrays import to_numpy
 from trak.evaluation._cross_validation_checks import (
@@ -141,6 +142,8 @@ def choose_threshold(
     count, n, m = blocks.shape
     shown = np.ones((count, n)) if weights is None else weights
     check_arrays(list(shown), list(outputs), list(members), n, m)
+    if weights is not None:
+        weights = np.stack([*map(balanced, weights, members)])
     held, _ = held_out(list(members))
     check_subsets(list(members), held)
     if len(held) < 3:

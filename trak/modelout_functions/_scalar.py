@@ -146,7 +146,7 @@ class BinaryClassificationModelOutput(_LabelledModelOutput):
     logit an example, shape ``(b,)`` or ``(b, 1)``; labels are 0 or 1 in any dtype.
     """
 
-    exponents = (0.25, 0.25)  # a softmax of two classes
+    exponents = (0.25, 0.5)  # a softmax of two classes
 
     @staticmethod
     def _align(predicted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
