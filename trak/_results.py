@@ -113,10 +113,10 @@ class Results(ABC):
         threshold = parse_threshold(soft_threshold)
         exp_name, ids = self._session.select(exp_name, model_ids)
         ids = self._scoring.usable(exp_name, ids, allow_skip=allow_skip)
-        multiple = self._validation.choose(exp_name, ids).multiple
+        tuning = self._validation.choose(exp_name, ids).tuning
         if threshold is None:
-            threshold = self._validation.threshold(exp_name, ids, multiple)
-        self.scores = self._scoring.write_scores(exp_name, ids, multiple, threshold)
+            threshold = self._validation.threshold(exp_name, ids, tuning)
+        self.scores = self._scoring.write_scores(exp_name, ids, tuning, threshold)
         return self.scores
 
     def top_k(
@@ -151,8 +151,8 @@ class Results(ABC):
             )
         exp_name, ids = self._session.select(exp_name, model_ids)
         ids = self._scoring.usable(exp_name, ids, allow_skip=allow_skip)
-        multiple = self._validation.choose(exp_name, ids).multiple
-        return self._scoring.top_k(exp_name, ids, int(k), multiple, largest=largest)
+        tuning = self._validation.choose(exp_name, ids).tuning
+        return self._scoring.top_k(exp_name, ids, int(k), tuning, largest=largest)
 
     def self_influence(
         self, model_ids: Iterable[int] | None = None
@@ -191,8 +191,10 @@ class Results(ABC):
             exp_name: As in :meth:`finalize_scores`.
             model_ids: As in :meth:`finalize_scores`.
             **options: Those of :func:`trak.evaluation.cross_validate`: ``multiples``,
-                ``exponents``, ``columns``, ``max_targets``, ``n_probes``, ``seed``. The
-                exponents are those of this TRAKer if they are left out.
+                ``exponents``, ``columns``, ``max_targets``, ``n_probes``, ``seed``. If
+                exponents are left out, they are those that ``lambda_reg="auto"`` chooses
+                from: this TRAKer's, and other powers of the result unless it was given
+                them.
 
         Returns:
             The expected LDS with its interval, over dampings, exponents and numbers of
@@ -239,7 +241,7 @@ class Results(ABC):
         ids = self._scoring.usable(exp_name, ids, allow_skip=False)
         m = int(self.saver.experiments[exp_name]["num_targets"])
         chosen = parse_targets(targets, m)
-        multiple = self._validation.choose(exp_name, ids).multiple
+        tuning = self._validation.choose(exp_name, ids).tuning
         return self._validation.uncertainty(
-            exp_name, ids, multiple, chosen, positive("k", k)
+            exp_name, ids, tuning, chosen, positive("k", k)
         )

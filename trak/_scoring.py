@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from tqdm import tqdm
 
 from trak import _finalizing as finalizing
 from trak._blocked import Block, Side
+from trak._exponents import Exponents
 from trak._features import Features
 from trak._layout import PENDING
 from trak._linalg import Kernel, is_finite
@@ -37,6 +39,32 @@ from trak.savers import AbstractSaver
 from trak.score_computers import AbstractScoreComputer, as_blocked, describe
 
 logger = logging.getLogger("TRAK")
+
+
+class Tuning(NamedTuple):
+    """What cross-validation may choose of how an experiment is scored."""
+
+    multiple: float = 1.0
+    """How many mean eigenvalues the damping ``"auto"`` stands for."""
+
+    power: float | None = None
+    """The exponent of the result; None for the score computer's."""
+
+    def apply(self, computer: AbstractScoreComputer) -> AbstractScoreComputer:
+        """Give a score computer the exponent.
+
+        Returns:
+            A copy with it; the score computer itself where it has that one.
+        """
+        blocked = as_blocked(computer)
+        if blocked is None or self.power in {None, blocked.exponents.result}:
+            return computer
+        other = copy(blocked)
+        other.exponents = Exponents(blocked.exponents.rows, float(self.power))
+        return other
+
+
+DEFAULT = Tuning()
 
 
 class TopScores(NamedTuple):
@@ -123,14 +151,14 @@ class Scoring:
                 )
 
     def blocks(
-        self, exp_name: str, model_ids: Sequence[int], multiple: float = 1.0
+        self, exp_name: str, model_ids: Sequence[int], tuning: Tuning = DEFAULT
     ) -> Iterator[Block]:
         """Compute the scores of an experiment, averaged over checkpoints.
 
         Args:
             exp_name: The experiment.
             model_ids: Checkpoints that :meth:`usable` gave.
-            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
+            tuning: What was chosen for the experiment.
 
         Yields:
             Blocks that cover the ``(n, m)`` matrix: all rows of some columns, then the
@@ -140,9 +168,9 @@ class Scoring:
             NonFiniteError: If a score is not finite.
         """
         m = int(self._saver.experiments[exp_name]["num_targets"])
-        sides = [self.side(i, exp_name, m, multiple) for i in model_ids]
+        sides = [self.side(i, exp_name, m, tuning.multiple) for i in model_ids]
         weight = torch.from_numpy(np.mean([weight for _, weight in sides], axis=0))
-        blocked = as_blocked(self._computer)
+        blocked = as_blocked(tuning.apply(self._computer))
         if blocked is not None:
             found = blocked.score_blocks(
                 [side for side, _ in sides], weight, self.features.n, m, self.features.p
@@ -220,7 +248,7 @@ class Scoring:
         self,
         exp_name: str,
         model_ids: Sequence[int],
-        multiple: float,
+        tuning: Tuning,
         threshold: SoftThreshold,
     ) -> np.ndarray:
         """Write the scores of an experiment block by block.
@@ -228,19 +256,19 @@ class Scoring:
         Args:
             exp_name: The experiment.
             model_ids: Checkpoints that :meth:`usable` gave.
-            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
+            tuning: What was chosen for the experiment.
             threshold: What happens to small scores.
 
         Returns:
             The ``(n, m)`` scores, mapped from their file; changes stay in memory.
         """
         record = self._saver.experiments[exp_name]
-        made_with = describe(self._computer, scores=True)
+        made_with = describe(tuning.apply(self._computer), scores=True)
         record.update(model_ids=[*model_ids], finalized_with=made_with)
         record["soft_threshold"] = threshold.describe()
         m = int(record["num_targets"])
         with self._saver.open_scores(exp_name, m) as array:
-            for block in self.blocks(exp_name, model_ids, multiple):
+            for block in self.blocks(exp_name, model_ids, tuning):
                 array[slice(*block.rows), slice(*block.columns)] = block.values.cpu()
             threshold.apply(array, self.features.n, m)
         self._saver.save_scores(exp_name)
@@ -252,7 +280,7 @@ class Scoring:
         exp_name: str,
         model_ids: Sequence[int],
         k: int,
-        multiple: float,
+        tuning: Tuning,
         *,
         largest: bool,
     ) -> TopScores:
@@ -262,7 +290,7 @@ class Scoring:
             exp_name: The experiment.
             model_ids: Checkpoints that :meth:`usable` gave.
             k: How many.
-            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
+            tuning: What was chosen for the experiment.
             largest: Whether the most helpful, or the most harmful.
 
         Returns:
@@ -270,7 +298,7 @@ class Scoring:
         """
         finished: list[TopK] = []
         columns: tuple[int, int] | None = None
-        for block in self.blocks(exp_name, model_ids, multiple):
+        for block in self.blocks(exp_name, model_ids, tuning):
             if block.columns != columns:
                 columns = block.columns
                 finished.append(TopK(k, columns[1] - columns[0], largest=largest))

@@ -1,4 +1,4 @@
-"""How good stored checkpoints' scores are, and the damping that is best for them."""
+"""How good stored checkpoints' scores are, and what damping and exponent are best."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trak._blocked import KEPT, Shape, Side, score_blocks
 from trak._linalg import RowReader, spans
 from trak._memory import TILE
 from trak._reading import read_rows
-from trak._scoring import Scoring
+from trak._scoring import Scoring, Tuning
 from trak._thresholds import SoftThreshold
 from trak.errors import (
     ExperimentError,
@@ -42,16 +42,22 @@ from trak.score_computers import BasicScoreComputer, as_blocked
 
 logger = logging.getLogger("TRAK")
 
+POWERS = (0.25, 0.5, 0.75, 1.0)
+"""Exponents of the result that are tried; they cost next to nothing."""
+
 DAMPING = "damping"
 """Key of an experiment's record, for the choice."""
 
 
 @dataclass(frozen=True, slots=True)
 class DampingChoice:
-    """Which damping the scores of an experiment have, and why."""
+    """Which damping and exponent the scores of an experiment have, and why."""
 
     multiple: float
     """In mean eigenvalues of each checkpoint's kernel; 1 unless it was chosen."""
+
+    power: float | None
+    """The exponent of the result; None where it is the score computer's."""
 
     reason: str
     """What chose it, or why nothing did."""
@@ -62,8 +68,14 @@ class DampingChoice:
     basis: str | None = None
     """Hash of what it was chosen for; None where nothing was."""
 
+    @property
+    def tuning(self) -> Tuning:
+        """What of it scores depend on."""
+        return Tuning(self.multiple, self.power)
+
     def __str__(self) -> str:
-        return f"damping of {self.multiple:.3g} mean eigenvalues ({self.reason})"
+        power = "" if self.power is None else f", exponent {self.power:g} of the result"
+        return f"damping of {self.multiple:.3g} mean eigenvalues{power} ({self.reason})"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +95,9 @@ class Validation:
 
     scoring: Scoring
 
+    chooses_power: bool
+    """Whether the exponent of the result is chosen with the damping: nobody gave it."""
+
     def cross_validate(
         self, exp_name: str, model_ids: Sequence[int], **options: Any
     ) -> CrossValidation:
@@ -98,11 +113,17 @@ class Validation:
         """
         blocked = self._blocked("cross_validate")
         if options.get("exponents") is None:
-            options["exponents"] = (tuple(blocked.exponents),)
+            options["exponents"] = self._pairs(blocked)
         features = self.scoring.features
         m = self._targets(exp_name)
         data = [self._data(exp_name, model_id, m) for model_id in model_ids]
         return cross_validate(data, features.n, m, features.p, **options)
+
+    def _pairs(self, blocked: BasicScoreComputer) -> list[tuple[float, float]]:
+        """List the exponents to choose from, the default first."""
+        a, b = blocked.exponents
+        powers = POWERS if self.chooses_power else ()
+        return [(a, power) for power in dict.fromkeys([b, *powers])]
 
     def _blocked(self, call: str) -> BasicScoreComputer:
         computer = self.scoring.features.computer
@@ -183,13 +204,15 @@ class Validation:
         except (OptionError, NonFiniteError) as error:
             logger.warning("one mean eigenvalue is kept as damping: %s", error)
             reason = f"cross-validation could not tell: {error}"
-            return DampingChoice(1.0, reason, None, basis)
+            return DampingChoice(1.0, None, reason, None, basis)
         low, high = found.interval
         reason = (
             f"cross-validation of {found.n_checkpoints} checkpoints, expected LDS "
             f"{found.lds:.3f} [{low:.3f}, {high:.3f}]"
         )
-        return DampingChoice(float(found.multiple), reason, float(found.lds), basis)
+        b = float(found.exponents[1])
+        power = None if b == self._blocked("auto").exponents.result else b
+        return DampingChoice(found.multiple, power, reason, found.lds, basis)
 
     def _reason_not_to(
         self, exp_name: str, model_ids: Sequence[int]
@@ -199,26 +222,26 @@ class Validation:
         blocked = as_blocked(computer)
         if blocked is None or blocked.damping.lambda_reg != "auto":
             reason = f"lambda_reg={computer.lambda_reg!r}"
-            return DampingChoice(1.0, reason, None)
+            return DampingChoice(1.0, None, reason, None)
         if len(model_ids) < MIN_TO_CHOOSE:
             reason = (
                 f"the default: {len(model_ids)} checkpoints, and {MIN_TO_CHOOSE} choose"
             )
-            return DampingChoice(1.0, reason, None)
+            return DampingChoice(1.0, None, reason, None)
         m = self._targets(exp_name)
         for model_id in model_ids:
             try:
                 members = self._data(exp_name, model_id, m).members
             except (ModelIDException, ExperimentError) as error:
-                return DampingChoice(1.0, f"the default: {error}", None)
+                return DampingChoice(1.0, None, f"the default: {error}", None)
             if members.all():
                 reason = f"the default: model id {model_id} was trained on all examples"
-                return DampingChoice(1.0, reason, None)
+                return DampingChoice(1.0, None, reason, None)
         return None
 
     def _basis(self, exp_name: str, model_ids: Sequence[int]) -> str:
         saver = self.scoring.features.saver
-        parts: list[Any] = [list(self._blocked("auto").exponents)]
+        parts: list[Any] = [self._pairs(self._blocked("auto"))]
         for model_id in model_ids:
             members = saver.members(model_id)
             packed = b"" if members is None else np.packbits(members).tobytes()
@@ -230,23 +253,23 @@ class Validation:
     # -- scores of each checkpoint ----------------------------------------------------
 
     def threshold(
-        self, exp_name: str, model_ids: Sequence[int], multiple: float
+        self, exp_name: str, model_ids: Sequence[int], tuning: Tuning
     ) -> SoftThreshold:
         """Choose a soft threshold by predicting checkpoints from each other.
 
         Args:
             exp_name: The experiment.
             model_ids: Checkpoints that can be used.
-            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
+            tuning: What was chosen for the experiment.
 
         Returns:
             The threshold; none where none is clearly better.
         """
-        b = self._blocked("soft_threshold='auto'").exponents.result
+        b = self._power(tuning, "soft_threshold='auto'")
         m = self._targets(exp_name)
         data = [self._data(exp_name, model_id, m) for model_id in model_ids]
         chosen = np.unique(np.linspace(0, m - 1, min(m, TARGETS)).round().astype(int))
-        columns = [*self._columns(exp_name, model_ids, multiple, chosen)]
+        columns = [*self._columns(exp_name, model_ids, tuning.multiple, chosen)]
         choice = choose_threshold(
             np.concatenate([part for _, part in columns], axis=2),
             np.stack([one.out_to_loss for one in data]),
@@ -264,7 +287,7 @@ class Validation:
         self,
         exp_name: str,
         model_ids: Sequence[int],
-        multiple: float,
+        tuning: Tuning,
         targets: np.ndarray,
         k: int,
     ) -> Uncertainty:
@@ -273,26 +296,30 @@ class Validation:
         Args:
             exp_name: The experiment.
             model_ids: Checkpoints that can be used.
-            multiple: How many mean eigenvalues the damping ``"auto"`` stands for.
+            tuning: What was chosen for the experiment.
             targets: The targets.
             k: How many examples are on top.
 
         Returns:
             Both.
         """
-        b = self._blocked("uncertainty").exponents.result
+        b = self._power(tuning, "uncertainty")
         n, m = self.scoring.features.n, self._targets(exp_name)
         sides = [self.scoring.side(i, exp_name, m)[1] for i in model_ids]
         weights = np.stack(sides)
         errors = np.empty((n, len(targets)), dtype=np.float32)
 
         def noted() -> Iterator[np.ndarray]:
-            found = self._columns(exp_name, model_ids, multiple, targets)
+            found = self._columns(exp_name, model_ids, tuning.multiple, targets)
             for (low, high), kernels in found:
                 errors[:, low:high] = standard_errors(kernels, weights, exponent=b)
                 yield kernels
 
         return Uncertainty(errors, top_k_stability(noted(), k, weights, exponent=b))
+
+    def _power(self, tuning: Tuning, call: str) -> float:
+        own = self._blocked(call).exponents.result
+        return own if tuning.power is None else tuning.power
 
     def _columns(
         self,

@@ -141,7 +141,8 @@ class TRAKer(Results):
             quiet=logging_level > logging.INFO,
         )
         self._scoring = Scoring(self._features)
-        self._validation = Validation(self._scoring)
+        is_open = exponents is None and self.score_computer is not score_computer
+        self._validation = Validation(self._scoring, chooses_power=is_open)
         if isinstance(self.saver, MmapSaver):
             self.saver.make_features = self._features.make_features
         self.scores: np.ndarray | None = None
