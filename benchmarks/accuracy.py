@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import accuracy_choosing
 import torch
 from accuracy_banks import MissingBankError, given, judges, ship
 from accuracy_cells import CellError, Runner
@@ -34,6 +35,7 @@ from speed import proc_field, revision
 
 import trak
 from trak.evaluation import GroundTruth
+from trak.modelout_functions import TASK_TO_MODELOUT
 
 HERE = Path(__file__).parent
 UPSTREAM = HERE.parent / ".venv-upstream" / "bin" / "python"
@@ -195,6 +197,7 @@ def one_truth(
         "subsets": bank.n_subsets,
         "repeats": bank.n_repeats,
         "training": a_training["cpu"] / 60,
+        "exponents": list(TASK_TO_MODELOUT[truth.task].exponents),
         "checkpoints": truth.n_checkpoints,
     }
 
@@ -213,7 +216,10 @@ def render(given: argparse.Namespace) -> None:
     if given.page:
         page = given.page.read_text(encoding="utf-8")
         given.page.write_text(fill(page, results), encoding="utf-8")
-        plot(results, [given.page.with_name("accuracy.svg")])
+        if "accuracy:picture" in page:
+            plot(results, [given.page.with_name("accuracy.svg")])
+        if "accuracy:curves" in page:
+            accuracy_choosing.plot(results, [given.page.with_name("choosing.svg")])
     else:
         write(results, given.work)
 

@@ -65,7 +65,7 @@ class Runner:
             CellError: If it fails, or takes too long.
         """
         if line.needs and line.method != "features":
-            self.run(truth, features(line.needs, range(1, truth.n_checkpoints + 1)))
+            self.run(truth, features(line.needs, truth.n_checkpoints))
         if self.is_done(truth, line):
             return
         if line.theirs and self.theirs is None:

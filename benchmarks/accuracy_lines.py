@@ -167,6 +167,24 @@ def grid(setting: Setting) -> Lines:
             yield _chosen(setting, known, spectra, cheap)
 
 
+def sizes(setting: Setting) -> Lines:
+    """Score with columns of one sketch, at one mean eigenvalue."""
+    traker = setting.open()
+    a, b = traker.exponents
+    sums: dict[int, Any] = {}
+    weights = []
+    for c in range(max(setting.line.counts)):
+        rows, targets, own = setting.rows(traker, c)
+        weights.append(balanced(own, setting.halves[c]))
+        for p in setting.line.options["sizes"]:
+            width = p or rows.shape[1]
+            spectrum = Spectrum(rows[:, :width], targets[:, :width], own, a)
+            sums[p] = sums.get(p, 0) + spectrum.kernel(1.0)
+            if c + 1 in setting.line.counts:
+                scores = weighted(sums[p], weights, b)
+                yield Step(c + 1, lambda scores=scores: scores, label=f"p={p}")
+
+
 def _record(setting: Setting, traker: Any, c: int) -> CheckpointData:
     rows, targets, weights = setting.rows(traker, c)
     model = setting.truth.model

@@ -6,7 +6,7 @@ of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,9 @@ CHECKPOINTS = (1, 2, 5, 10, 20)
 RETRAININGS = (20, 50, 100, 200, 500, 1000, 2000)
 SKETCHES = (256, 512, 1024, 2048, 4096)
 """Projected entries that the arithmetic of traker 0.3.2 is tried with."""
+
+SIZES = {"dense": (64, 128, 256, 512, 1024, 2048, 4096), "wide": (8192,), "exact": (0,)}
+"""Projected entries that TRAK is tried with, by the kind of gradients; 0 for all."""
 
 MULTIPLES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 """Dampings of TRAK, in mean eigenvalues."""
@@ -64,9 +67,11 @@ class Line:
         return "".join(c if c.isalnum() or c in "-_." else "" for c in text)
 
 
-def features(kind: str, counts: Sequence[int]) -> Line:
+def features(kind: str, n_checkpoints: int) -> Line:
     """Make the line that stores projected gradients for others."""
-    return Line(f"gradients, {kind}", "features", tuple(counts), needs=kind)
+    most = min(5, n_checkpoints) if kind == "exact" else n_checkpoints
+    counts = tuple(range(1, most + 1))
+    return Line(f"gradients, {kind}", "features", counts, needs=kind)
 
 
 def lines(truth: str, n_checkpoints: int, n_given: int, plan: str) -> list[Line]:
@@ -86,6 +91,7 @@ def lines(truth: str, n_checkpoints: int, n_given: int, plan: str) -> list[Line]
     found = [Line("training", "training")]
     found += _baselines(truth)
     found += _ours(counts)
+    found += _sizes(truth, counts, plan)
     found += _arithmetic(counts, plan)
     found += _gradients(counts)
     given = tuple(count for count in RETRAININGS if count <= n_given)
@@ -122,6 +128,15 @@ def _ours(counts: tuple[int, ...]) -> Iterator[Line]:
         needs="sparse",
     )
     yield Line("TRAK, cross-validated", "grid", counts, needs="sparse")
+
+
+def _sizes(truth: str, counts: tuple[int, ...], plan: str) -> Iterator[Line]:
+    if truth not in SMALL or plan == "quick":
+        return
+    few = tuple(count for count in (1, 5) if count <= max(counts))
+    for kind, sizes in SIZES.items():
+        options = {"sizes": list(sizes)}
+        yield Line("TRAK by size", "sizes", few, options, needs=kind)
 
 
 def _arithmetic(counts: tuple[int, ...], plan: str) -> Iterator[Line]:

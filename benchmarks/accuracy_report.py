@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import accuracy_choosing
 from accuracy_judging import best_variants, ratio
 from speed_tables import number, table
 
@@ -182,6 +183,7 @@ def sections(results: Row) -> dict[str, str]:
     }
     for truth in results["truths"]:
         found[truth] = methods_table(results, truth)
+    found |= accuracy_choosing.sections(results)
     found["failed"] = "\n".join(f"- {line}" for line in results["failed"])
     return found
 
@@ -210,7 +212,11 @@ def fill(page: str, results: Row) -> str:
         The page with the tables of the run.
     """
     found = sections(results)
-    texts = {**found, "picture": "![LDS over minutes](accuracy.svg)"}
+    texts = {
+        **found,
+        "picture": "![LDS over minutes](accuracy.svg)",
+        "curves": "![LDS over checkpoints, projected entries, damping](choosing.svg)",
+    }
     methods = [
         f"### {about['title']}\n\n{found[truth]}"
         for truth, about in results["truths"].items()

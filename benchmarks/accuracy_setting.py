@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trak import TRAKer
 from trak._reading import read_rows
-from trak.projectors import BasicProjector, ProjectionType
+from trak.projectors import BasicProjector, NoOpProjector, ProjectionType
 
 EXPERIMENT = "targets"
 
@@ -84,6 +84,8 @@ class Setting:
         given: dict[str, Any] = {"proj_dim": 2048}
         if self.line.needs == "wide":
             given = {"proj_dim": 8192}
+        if self.line.needs == "exact":
+            given = {"projector": NoOpProjector(), "use_half_precision": False}
         if self.line.needs == "dense":
             d = sum(value.numel() for value in model.parameters())
             given = {

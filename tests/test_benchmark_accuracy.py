@@ -18,6 +18,7 @@ MODULES = (
     "arithmetic",
     "banks",
     "cells",
+    "choosing",
     "data",
     "judging",
     "plan",
