@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -70,6 +71,8 @@ class Runner:
             return
         if line.theirs and self.theirs is None:
             raise CellError("no environment of traker 0.3.2 was named")
+        if line.method == "features":  # what was stored before would take no time now
+            shutil.rmtree(self._store(truth, line), ignore_errors=True)
         self.cells.mkdir(parents=True, exist_ok=True)
         job = self._job(truth, line)
         path = self.cells / f"{line.key(truth.name)}.job"

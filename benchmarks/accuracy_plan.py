@@ -120,6 +120,7 @@ def _baselines(truth: str) -> Iterator[Line]:
 
 def _ours(counts: tuple[int, ...]) -> Iterator[Line]:
     yield Line("TRAK", "trak", counts, needs="sparse")
+    yield Line("TRAK, p=8192", "trak", counts, needs="wide")
     yield Line(
         "TRAK, exponents (0, 1)",
         "trak",

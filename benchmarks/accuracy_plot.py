@@ -12,7 +12,7 @@ from accuracy_judging import best_variants
 
 COLOURS = {
     "TRAK": "#1f5fa8",
-    "TRAK, cross-validated": "#62a0e0",
+    "TRAK, p=8192": "#62a0e0",
     "traker 0.3.2": "#c8501e",
     "traker 0.3.2, float32, p chosen": "#e58a5b",
     "traker's arithmetic": "#e8b79b",
