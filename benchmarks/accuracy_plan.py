@@ -128,7 +128,7 @@ def _ours(counts: tuple[int, ...]) -> Iterator[Line]:
         {"exponents": [0.0, 1.0]},
         needs="sparse",
     )
-    yield Line("TRAK, cross-validated", "grid", counts, needs="sparse")
+    yield Line("TRAK by damping and exponents", "grid", counts, needs="sparse")
 
 
 def _sizes(truth: str, counts: tuple[int, ...], plan: str) -> Iterator[Line]:

@@ -89,6 +89,8 @@ def versus_table(results: Row) -> str:
 def methods_table(results: Row, truth: str) -> str:
     """Lay out every method at its largest number of models, and what it took."""
     rows = _find(results["rows"], truth=truth, label="")
+    # What cross-validation chooses is what TRAK does by itself.
+    rows = [row for row in rows if row["method"] != "grid"]
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in best_variants(rows):
         groups[row["name"]].append(row)
