@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import namedtuple
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from trak.projectors import AbstractProjector, SparseProjector
 
 Checkpoint = dict[str, Tensor]
 
-AUTO = (0.25, 0.25)
+AUTO = (0.25, 0.5)
 """Exponents of classification where the damping is chosen by the library."""
 
 
@@ -79,11 +79,13 @@ class Problem:
         projector: AbstractProjector,
         lambda_reg: float | str = "auto",
         exponents: tuple[float, float] | None = None,
+        members: Sequence[Tensor | None] | None = None,
     ) -> Tensor:
         """The scores, by the oracle: (n, m)."""
         if exponents is None:
             exponents = AUTO if lambda_reg == "auto" else (0.0, 1.0)
-        return reference.trak(*self.parts(projector), lambda_reg, exponents)
+        parts = self.parts(projector)
+        return reference.trak(*parts, lambda_reg, exponents, members)
 
     def parts(
         self, projector: AbstractProjector

@@ -52,12 +52,36 @@ def ridge_inverse(x: Tensor, lambda_reg: float | str) -> Tensor:
     return torch.linalg.inv(kernel + ridge * torch.eye(p, dtype=x.dtype))
 
 
+def level(q: Tensor, members: Tensor | None) -> Tensor:
+    """Q, with the mean of |Q| the same on what a model was trained on and on the rest."""
+    groups = [] if members is None else [members, ~members]
+    if not all(len(q[group]) >= 10 and q[group].any() for group in groups):
+        return q
+    result = q.clone()
+    for group in groups:
+        result[group] *= q.abs().mean() / q[group].abs().mean()
+    return result
+
+
+def result_weights(
+    out_to_loss: Sequence[Tensor],
+    b: float,
+    members: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """sign(Q)|Q|^b of the mean Q over checkpoints, levelled where members are known."""
+    known = [None] * len(out_to_loss) if members is None else members
+    mean = sum(level(q, mask) for q, mask in zip(out_to_loss, known, strict=True))
+    mean = mean / len(out_to_loss)
+    return torch.where(mean < 0, -1.0, 1.0) * mean.abs() ** b
+
+
 def trak(
     features: Sequence[Tensor],
     targets: Sequence[Tensor],
     out_to_loss: Sequence[Tensor],
     lambda_reg: float | str = "auto",
     exponents: tuple[float, float] = (0.0, 1.0),
+    members: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
     """sign(Q)|Q|^b times the mean of X~ (X~'X~ + λI)^-1 φ, with X~ = |Q|^a X: (n, m)."""
     a, b = exponents
@@ -65,6 +89,5 @@ def trak(
     for x, phi, q in zip(features, targets, out_to_loss, strict=True):
         rows = q.abs()[:, None] ** a * x
         total += rows @ ridge_inverse(rows, lambda_reg) @ phi.T
-    mean = sum(out_to_loss) / len(out_to_loss)
-    sign = torch.where(mean < 0, -1.0, 1.0)
-    return (sign * mean.abs() ** b)[:, None] * total / len(features)
+    weights = result_weights(out_to_loss, b, members)
+    return weights[:, None] * total / len(features)

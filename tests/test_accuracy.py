@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests import reference
 from trak.evaluation import GroundTruth, lds, random_subsets
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +165,9 @@ def test_formula_is_that_of_the_library(benchmark, diabetes):
     rows, targets, weights = diabetes.setting.rows(diabetes.traker, 0)
     a, b = diabetes.traker.exponents
     spectrum = benchmark.arithmetic.Spectrum(rows, targets, weights, a)
-    found = benchmark.arithmetic.weighted(spectrum.kernel(1.0), [weights], b)
+    members = torch.from_numpy(diabetes.setting.halves[0])
+    levelled = reference.level(torch.from_numpy(weights), members).numpy()
+    found = benchmark.arithmetic.weighted(spectrum.kernel(1.0), [levelled], b)
     scores = diabetes.scores(1)
     scale = float(np.abs(scores).max())
     torch.testing.assert_close(

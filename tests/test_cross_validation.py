@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests import reference
 from trak.errors import NonFiniteError, OptionError, SingularKernelError
 from trak.evaluation import _cross_validation as module
 from trak.evaluation import random_subsets
@@ -73,8 +74,9 @@ def kernel_of(one, n, m, multiple, a):
 def scores_of(checkpoints, chosen, n, m, multiple, exponents):
     a, b = exponents
     kernels = [kernel_of(checkpoints[c], n, m, multiple, a) for c in chosen]
-    weight = np.mean([checkpoints[c].out_to_loss for c in chosen], axis=0)
-    weight = np.sign(weight) * np.abs(weight) ** b
+    weights = [torch.from_numpy(checkpoints[c].out_to_loss) for c in chosen]
+    members = [torch.from_numpy(checkpoints[c].members) for c in chosen]
+    weight = reference.result_weights(weights, b, members).numpy()
     return weight[:, None] * np.mean(kernels, axis=0)
 
 
@@ -196,6 +198,26 @@ def test_scales_do_not_matter():
     assert_close(after.per_target, before.per_target, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("exponents", [(0.0, 0.5), (0.5, 0.0)])
+def test_only_rows_tell_how_well_each_group_is_fitted(exponents):
+    """Halves, whose weights come back to the same mean whatever they are fitted by."""
+    n, m, p = 40, 5, 6
+    found = []
+    for inside, outside in [(1.0, 1.0), (0.4, 1.6)]:
+        fitted = []
+        for one in random_checkpoints(4, n, m, p):
+            weights, mask = torch.tensor(one.out_to_loss), torch.tensor(one.members)
+            sizes = np.where(one.members, inside, outside)
+            levelled = reference.level(weights, mask).numpy() * sizes
+            fitted.append(replace(one, out_to_loss=levelled))
+        result = cross_validate(fitted, n, m, p, exponents=[exponents])
+        found.append(result.per_target)
+    if exponents[0]:
+        assert np.abs(found[1] - found[0]).max() > 0.01
+    else:
+        assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
 def test_columns_that_are_not_contiguous_and_order_of_targets():
     n, m, p = 40, 5, 6
     plain = random_checkpoints(3, n, m, p)
@@ -291,15 +313,19 @@ def test_more_checkpoints_are_foreseen():
 def leaking_world(seed, count=4, n=80, p=4, m=20):
     """Scores that know nothing; weights that tell a checkpoint's subset and its level."""
     rng = np.random.default_rng(seed)
-    rows = np.concatenate([np.ones((n, 1)), rng.standard_normal((n, p - 1))], axis=1)
+    rows = rng.standard_normal((n, p))
+    helps = np.arange(n) % 2 == 0
+    rows[:, 0] = np.where(helps, 1.0, -1.0)
     masks = random_subsets(n, count, 0.5, seed)
     checkpoints = []
     for c in range(count):
         level = np.exp(0.5 * rng.standard_normal())
         targets = 0.1 * rng.standard_normal((m, p))
-        targets[:, 0] = 1.0  # every example is said to help
+        targets[:, 0] = 1.0
         outputs = -np.log(level) + 0.3 * rng.standard_normal(m)
-        weights = level * np.where(masks[c], 0.2, 1.0)
+        # Only examples that help can be fitted, and so those of the subset that do not
+        # weigh more than those that do, though both groups are balanced.
+        weights = level * np.where(masks[c] & helps, 0.2, 1.0)
         checkpoints.append(
             CheckpointData(reader(rows), reader(targets), weights, outputs, masks[c])
         )

@@ -198,7 +198,7 @@ def test_a_store_finalized_with_others_says_so(tmp_path: Path) -> None:
     for traker in (other, make(problem, tmp_path)):
         assert_scores(torch.from_numpy(traker.finalize_scores("exp") + 0.0), expected)
     record = traker.saver.experiments["exp"]
-    assert record["finalized_with"].endswith("exponents=(0.25, 0.25)")
+    assert record["finalized_with"].endswith("exponents=(0.25, 0.5)")
     back = make(problem, tmp_path, exponents=(0.0, 1.0))
     back.finalize_features()
     assert not (tmp_path / "0" / "weighted_gram.mmap").exists()
@@ -236,7 +236,7 @@ def test_features_are_those_of_weighted_rows(tmp_path: Path) -> None:
         traker.finalize_features()
         scores = score(traker, problem).double()
         store = traker.saver.current_store
-        weights = traker.saver.current_store["out_to_loss"].astype("float64") ** 0.25
+        weights = store["out_to_loss"].astype("float64") ** AUTO[1]
         found = weights * (store["features"] @ store["exp_grads"].T)
         assert_scores(torch.from_numpy(found), scores)
 

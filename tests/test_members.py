@@ -1,4 +1,4 @@
-"""What a checkpoint was trained on, and its outputs on targets: parsed and kept."""
+"""What a checkpoint was trained on, and its outputs on targets: parsed, kept, used."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests import reference
 from tests.bench import Bench
 from tests.problems import (
     PROBLEMS,
@@ -22,7 +23,7 @@ from tests.problems import (
     mlp,
     score,
 )
-from trak._members import pack_mask, parse_train_inds, unpack_mask
+from trak._members import balanced, pack_mask, parse_train_inds, unpack_mask
 from trak.errors import OptionError, StoreCorruptError, StoreMismatchError, TrakWarning
 from trak.gradient_computers import (
     FunctionalGradientComputer,
@@ -170,7 +171,72 @@ def test_a_damaged_record(tmp_path: Path, content: bytes) -> None:
         bench.open().load_checkpoint(bench.ckpt, train_inds=[1])
     with pytest.raises(StoreCorruptError, match=r"train_inds\.json"):
         bench.traker.saver.members(0)
-    bench.complete(bench.open())  # nothing else reads it
+    traker = bench.open()
+    with pytest.raises(StoreCorruptError, match=r"train_inds\.json"):
+        bench.complete(traker)  # it is read when scores are computed
+    with pytest.raises(StoreCorruptError, match=r"train_inds\.json"):
+        traker.self_influence()
+    (bench.store / "0" / "train_inds.json").unlink()
+    expected = Bench(tmp_path / "without").complete()
+    found = torch.from_numpy(traker.finalize_scores("exp") + 0.0)
+    assert_scores(found, expected, 1e-6)
+
+
+# -- balance --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("inside", [10, 37, 80])
+def test_groups_have_the_same_mean_size(inside: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = rng.standard_normal(90)
+    members = rng.permutation(90) < inside
+    weights[members] *= 0.1
+    before = weights.copy()
+    found = balanced(weights, members)
+    torch.testing.assert_close(
+        torch.from_numpy(found),
+        reference.level(torch.from_numpy(weights), torch.from_numpy(members)),
+    )
+    mean = np.abs(weights).mean()
+    for group in (members, ~members):
+        assert np.abs(found[group]).mean() == pytest.approx(mean)
+        ratios = found[group] / weights[group]
+        np.testing.assert_allclose(ratios, ratios[0], rtol=1e-12)
+        assert ratios[0] > 0
+    np.testing.assert_array_equal(weights, before)
+    np.testing.assert_allclose(balanced(found, members), found, rtol=1e-12)
+    turned = balanced(weights[::-1], members[::-1])
+    np.testing.assert_allclose(turned, found[::-1], rtol=1e-12)
+
+
+def test_a_weight_of_zero_among_others_stays_zero() -> None:
+    weights = np.arange(30.0) - 3
+    found = balanced(weights, np.arange(30) % 2 == 0)
+    np.testing.assert_array_equal(np.sign(found), np.sign(weights))
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        None,
+        np.arange(30) < 0,
+        np.arange(30) < 9,
+        np.arange(30) >= 9,
+        np.arange(30) < 30,
+    ],
+)
+def test_what_is_not_known_or_small_is_not_balanced(members: Any) -> None:
+    weights = np.linspace(-1, 3, 30)
+    np.testing.assert_array_equal(balanced(weights, members), weights)
+
+
+@pytest.mark.parametrize("is_member", [True, False])
+def test_a_group_of_zeros_is_not_balanced(is_member: bool) -> None:
+    members = np.arange(30) % 3 == 0
+    weights = np.where(members == is_member, 0.0, np.linspace(1, 2, 30))
+    np.testing.assert_array_equal(balanced(weights, members), weights)
+    np.testing.assert_array_equal(balanced(0 * weights, members), 0 * weights)
 
 
 # -- outputs --------------------------------------------------------------------------

@@ -267,9 +267,9 @@ def test_self_influence_of_one_checkpoint(tmp_path: Path) -> None:
     featurize(traker, problem)
     traker.finalize_features()
     features, _, weights = problem.parts(sparse(problem))
-    rows = features[1] * weights[1][:, None] ** 0.25
+    rows = features[1] * weights[1][:, None] ** AUTO[0]
     inverse = problems.reference.ridge_inverse(rows, "auto")
-    expected = (rows @ inverse * features[1]).sum(1) * weights[1] ** 0.25
+    expected = (rows @ inverse * features[1]).sum(1) * weights[1] ** AUTO[1]
     assert_scores(torch.from_numpy(traker.self_influence([1])), expected)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests import reference
 from trak.errors import NonFiniteError, OptionError
 from trak.evaluation import random_subsets
 from trak.evaluation._uncertainty import combine, standard_errors, top_k_stability
@@ -31,13 +32,15 @@ def test_without_weights_it_is_the_standard_error_of_a_mean():
     assert_close(standard_errors(torch.from_numpy(kernels)), expected)
 
 
-@pytest.mark.parametrize("exponent", [1.0, 0.25])
+@pytest.mark.parametrize("exponent", [1.0, 0.25, 0.0])
 def test_weights_are_left_out_with_their_checkpoint(exponent):
     kernels, weights = draws(4, 6, 2), draws(4, 6, seed=1)
     left = []
     for c in range(4):
         others = [k for k in range(4) if k != c]
-        left.append(combine(kernels[others], weights[others], exponent))
+        used = reference.result_weights(torch.from_numpy(weights[others]), exponent)
+        left.append(used.numpy()[:, None] * kernels[others].mean(axis=0))
+        assert_close(combine(kernels[others], weights[others], exponent), left[-1])
     expected = (np.var(left, axis=0) * 3) ** 0.5
     assert_close(standard_errors(kernels, weights, exponent=exponent), expected)
 
@@ -158,6 +161,27 @@ def test_no_threshold_where_all_examples_matter():
     assert found.share == 1.0
     assert found.shares == (1.0, 0.02)
     assert found.gain_errors[0] == 0.0
+
+
+@pytest.mark.parametrize("exponent", [0.5, 1.0])
+def test_weights_of_a_threshold_are_balanced(exponent):
+    kernels, masks, outputs = sparse_world(6, n=60, m=8, noise=2.0)
+    weights = np.random.default_rng(1).random((6, 60)) * np.where(masks, 0.1, 1.0)
+    pairs = zip(torch.from_numpy(weights), torch.from_numpy(masks), strict=True)
+    levelled = np.stack([reference.level(*pair).numpy() for pair in pairs])
+    found, expected = (
+        choose_threshold(kernels, q, masks, outputs, exponent=exponent)
+        for q in (weights, levelled)
+    )
+    assert_close(found.lds, expected.lds)
+    assert found.share == expected.share
+    # Weights of 0 are 1 to the power of 0.
+    weights[:, :30] = 0.0
+    found, expected = (
+        choose_threshold(kernels, q, masks, outputs, exponent=0.0)
+        for q in (weights, None)
+    )
+    assert_close(found.lds, expected.lds)
 
 
 # -- what is refused ------------------------------------------------------------------

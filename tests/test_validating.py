@@ -32,8 +32,7 @@ from trak.evaluation import (
     standard_errors,
     threshold_keeping,
 )
-from trak.evaluation._uncertainty import combine
-from trak.score_computers import BasicSingleBlockScoreComputer
+from trak.score_computers import BasicScoreComputer, BasicSingleBlockScoreComputer
 
 N, M, C = 60, 12, 5
 GRID = (0.1, 1.0, 10.0)
@@ -98,10 +97,13 @@ def fill(
     return traker
 
 
-def expected(
-    problem: Problem, multiple: float, b: float = AUTO[1], ids: Any = None
-) -> Any:
-    """Scores of each checkpoint without the last weight, and the weights, in float64."""
+def masks(members: list[np.ndarray]) -> list[torch.Tensor]:
+    return [torch.isin(torch.arange(N), torch.from_numpy(inds)) for inds in members]
+
+
+def expected(halves: Any, multiple: float, b: float = AUTO[1], ids: Any = None) -> Any:
+    """Scores of each checkpoint without the last weight, what is stored, and scores."""
+    problem, members = halves
     features, targets, weights = problem.parts(sparse(problem))
     kernels = []
     for x, phi, q in zip(features, targets, weights, strict=True):
@@ -109,9 +111,10 @@ def expected(
         ridge = multiple * float((rows**2).sum()) / min(rows.shape)
         kernels.append((rows @ reference.ridge_inverse(rows, ridge) @ phi.T).numpy())
     ids = range(len(kernels)) if ids is None else ids
-    stacked = np.stack([kernels[i] for i in ids])
-    q = np.stack([weights[i].numpy() for i in ids])
-    return stacked, q, combine(stacked, q, b)
+    stacked, q = np.stack([kernels[i] for i in ids]), [weights[i] for i in ids]
+    last = reference.result_weights(q, b, [masks(members)[i] for i in ids])
+    scores = last.numpy()[:, None] * stacked.mean(axis=0)
+    return stacked, torch.stack(q).numpy(), scores
 
 
 def close(found: Any, wanted: np.ndarray, rtol: float = 1e-3) -> None:
@@ -153,7 +156,7 @@ def test_cross_validation_is_that_of_the_arrays(store: Path, halves: Any) -> Non
 
 def test_its_options_and_checkpoints(store: Path, halves: Any) -> None:
     traker = make(halves[0], store)
-    pairs = ((0.0, 1.0), (0.25, 0.25))
+    pairs = ((0.0, 1.0), AUTO)
     found = traker.cross_validate(
         model_ids=[0, 2, 3], multiples=(1.0,), exponents=pairs, max_targets=4
     )
@@ -207,7 +210,7 @@ def test_without_gradients_or_kernels(tmp_path: Path, halves: Any) -> None:
         traker.cross_validate()
     assert_scores(
         torch.from_numpy(traker.finalize_scores() + 0.0),
-        problem.expected(sparse(problem)),
+        problem.expected(sparse(problem), members=masks(halves[1])),
     )
     assert "deleted by del_grads" in traker.dampings["exp"].reason
     kind = BasicSingleBlockScoreComputer
@@ -240,7 +243,7 @@ def test_the_damping_is_chosen(
 ) -> None:
     calls = chooses(monkeypatch, 7.5)
     traker = make(halves[0], store)
-    close(traker.finalize_scores(), expected(halves[0], 7.5)[2])
+    close(traker.finalize_scores(), expected(halves, 7.5)[2])
     choice = traker.dampings["exp"]
     assert choice.multiple == 7.5
     assert choice.reason.startswith("cross-validation of 5 checkpoints, expected LDS")
@@ -250,7 +253,7 @@ def test_the_damping_is_chosen(
     np.testing.assert_array_equal(top.indices, order)
     assert calls == [C]  # once for both
     again = make(halves[0], store)
-    close(again.finalize_scores(), expected(halves[0], 7.5)[2])
+    close(again.finalize_scores(), expected(halves, 7.5)[2])
     assert again.dampings == {"exp": choice}
     assert calls == [C]  # and it is on record
     record = json.loads((store / "experiments" / "exp.json").read_text())
@@ -258,11 +261,11 @@ def test_the_damping_is_chosen(
     # Of other checkpoints it is another one.
     ids = [0, 2, 4]
     found = again.finalize_scores(model_ids=ids)
-    close(found, expected(halves[0], 7.5, ids=ids)[2])
+    close(found, expected(halves, 7.5, ids=ids)[2])
     assert calls == [C, 3]
     # And so for other exponents.
     other = make(halves[0], store, exponents=(0.25, 1.0))
-    close(other.finalize_scores(), expected(halves[0], 7.5, b=1.0)[2])
+    close(other.finalize_scores(), expected(halves, 7.5, b=1.0)[2])
     assert calls == [C, 3, C]
 
 
@@ -283,7 +286,9 @@ def test_a_damping_that_was_given_is_kept(
     traker = make(problem, store, lambda_reg=lambda_reg)
     traker.finalize_features()
     scores = torch.from_numpy(traker.finalize_scores() + 0.0)
-    assert_scores(scores, problem.expected(sparse(problem), lambda_reg), 1e-3)
+    known = masks(halves[1])
+    wanted = problem.expected(sparse(problem), lambda_reg, members=known)
+    assert_scores(scores, wanted, 1e-3)
     assert calls == []
     assert traker.dampings["exp"].reason == f"lambda_reg={lambda_reg!r}"
 
@@ -311,7 +316,7 @@ def test_when_nothing_is_chosen(
         return choice.reason
 
     assert "2 checkpoints, and 3 choose" in reason(model_ids=[0, 1])
-    close(traker.scores, expected(problem, 1.0, ids=[0, 1])[2])
+    close(traker.scores, expected(halves, 1.0, ids=[0, 1])[2])
     path = store / "1" / "train_inds.json"
     path.unlink()
     assert "what model id 1 was trained on" in reason()
@@ -324,6 +329,70 @@ def test_when_nothing_is_chosen(
     assert "one mean eigenvalue is kept as damping: checkpoints 0" in caplog.text
     assert "could not tell" in reason()
     assert calls == [C]
+
+
+# -- balance ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [BasicScoreComputer, BasicSingleBlockScoreComputer])
+@pytest.mark.parametrize("ids", [[3], [0, 1]])  # too few to choose a damping
+def test_weights_are_balanced_where_it_is_known_what_they_are_of(
+    tmp_path: Path, halves: Any, kind: type, ids: list[int]
+) -> None:
+    problem, members = halves
+    is_blocked = kind is BasicScoreComputer
+    exponents = AUTO if is_blocked else (0.0, 1.0)
+    parts = [[part[i] for i in ids] for part in problem.parts(sparse(problem))]
+    found = {}
+    for known in (False, True):
+        given = make(problem, tmp_path / str(known), score_computer=kind)
+        traker = fill(halves, given, known=known)
+        shown = [masks(members)[i] for i in ids] if known else None
+        wanted = reference.trak(*parts, "auto", exponents, shown)
+        scores = np.array(traker.finalize_scores(model_ids=ids))
+        close(scores, wanted.numpy(), 1e-4)
+        if is_blocked:
+            top = traker.top_k(k=3, model_ids=ids)
+            close(top.scores, -np.sort(-scores, axis=0)[:3].T, 1e-6)
+        found[known] = torch.from_numpy(scores)
+    # Only a factor for each example, which is not 1.
+    factors = found[True] / found[False]
+    torch.testing.assert_close(
+        factors, factors[:, :1].expand_as(factors), rtol=1e-3, atol=0.0
+    )
+    assert (factors[:, 0] - 1).abs().max() > 0.01
+    # Said later, it counts from then on.
+    later = make(problem, tmp_path / "False", score_computer=kind)
+    for i in ids:
+        later.load_checkpoint(problem.checkpoints[i], train_inds=members[i])
+    again = torch.from_numpy(later.finalize_scores(model_ids=ids) + 0.0)
+    torch.testing.assert_close(again, found[True], rtol=0.0, atol=0.0)
+
+
+@pytest.mark.parametrize("p", [7, 80])
+def test_self_influence_is_balanced(tmp_path: Path, halves: Any, p: int) -> None:
+    problem = replace(halves[0], targets=halves[0].train, m=N)
+    for known in (False, True):
+        given = make(problem, tmp_path / str(known), proj_dim=p)
+        traker = fill((problem, halves[1]), given, known=known)
+        shown = masks(halves[1]) if known else None
+        wanted = problem.expected(sparse(problem, p), members=shown).diagonal()
+        close(traker.self_influence(), wanted.numpy())
+
+
+@pytest.mark.parametrize("p", [7, 80])
+def test_rows_are_not_balanced(tmp_path: Path, halves: Any, p: int) -> None:
+    """Each checkpoint's weights, as they are, take the place of its curvature."""
+    problem = halves[0]
+    found = []
+    for known in (False, True):
+        directory = tmp_path / str(known)
+        given = make(problem, directory, proj_dim=p, exponents=(0.5, 0.0))
+        traker = fill(halves, given, known=known)
+        scores = traker.finalize_scores(model_ids=[0, 1])
+        found.append((np.array(scores), traker.self_influence()))
+    for plain, known in zip(*found, strict=True):
+        np.testing.assert_array_equal(known, plain)
 
 
 # -- thresholds and errors --------------------------------------------------------------
@@ -359,7 +428,7 @@ def test_a_chosen_threshold(
     close(found, soft_threshold(plain, threshold_keeping(plain, 0.25)))
     assert (np.array(found) != 0).sum(axis=0).tolist() == [N // 4] * M
     assert traker.saver.experiments["exp"]["soft_threshold"] == "share 0.25"
-    kernels, weights, _ = expected(halves[0], multiple)
+    kernels, weights, _ = expected(halves, multiple)
     close(given["args"][0].reshape(-1, M), kernels.reshape(-1, M))
     np.testing.assert_allclose(given["args"][1], weights, rtol=1e-5)
     assert given["exponent"] == AUTO[1]
@@ -377,16 +446,18 @@ def test_thresholds_that_cannot_be(store: Path, halves: Any) -> None:
 
 
 @pytest.mark.parametrize("tile", [1, 200, 1 << 24])
-@pytest.mark.parametrize("p", [7, 80])
+@pytest.mark.parametrize(("p", "known"), [(7, False), (80, True)])
 def test_uncertainty(
     tmp_path: Path,
     halves: Any,
     monkeypatch: pytest.MonkeyPatch,
     tile: int,
     p: int,
+    known: bool,
 ) -> None:
     problem = halves[0]
-    traker = fill(halves, make(problem, tmp_path, proj_dim=p), known=False)
+    traker = fill(halves, make(problem, tmp_path, proj_dim=p), known=known)
+    monkeypatch.setattr("trak._validating.MIN_TO_CHOOSE", 1 + C)  # a damping of 1
     monkeypatch.setattr("trak._validating.TILE", tile)
     found = traker.uncertainty(k=5, targets=[3, 0, 11])
     features, targets, weights = problem.parts(sparse(problem, p))
@@ -394,6 +465,9 @@ def test_uncertainty(
     for x, phi, q in zip(features, targets, weights, strict=True):
         rows = q[:, None] ** AUTO[0] * x
         kernels.append(rows @ reference.ridge_inverse(rows, "auto") @ phi[[3, 0, 11]].T)
+    if known:
+        pairs = zip(weights, masks(halves[1]), strict=True)
+        weights = [reference.level(*pair) for pair in pairs]
     stacked, q = torch.stack(kernels).numpy(), torch.stack(weights).numpy()
     close(found.standard_errors, standard_errors(stacked, q, exponent=AUTO[1]))
     assert found.top_k.k == 5

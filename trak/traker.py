@@ -205,7 +205,8 @@ class TRAKer(Results):
                 is partly featurized is always gone on with.
             train_inds: The training examples that it was trained on, as indices or as a
                 boolean mask of shape ``(n,)``; None if that is not known. It is kept for
-                :meth:`cross_validate`, and changes no score otherwise.
+                :meth:`cross_validate`, and from then on the out-to-loss weights of these
+                examples and of the others have the same mean size in the result.
 
         Raises:
             CheckpointError: If it does not fit the model.

@@ -311,11 +311,12 @@ def _prove(projector: AdditiveProjector, device: str) -> float:
     slope = error / (1 - chance)
     grads = {"weight": slope[:, :, None] * data.double()[:, None, :], "bias": slope}
     rows = projector.project(grads, model_id=0).double() / 51**0.5
-    weighted = (1 - chance) ** 0.25 * rows
+    a, b = traker.exponents
+    weighted = (1 - chance) ** a * rows
     kernel = weighted.T @ weighted
     kernel.diagonal().add_(kernel.diagonal().mean())
     found = weighted @ torch.linalg.solve(kernel, rows.T)
-    expected = (found * (1 - chance) ** 0.25).cpu()
+    expected = (found * (1 - chance) ** b).cpu()
     distance = float((scores - expected).abs().max() / expected.abs().max())
     if not distance < 1e-4:
         raise BackendError(

@@ -122,7 +122,8 @@ def choose_threshold(
     Args:
         kernels: Scores of each checkpoint, before the weight of the rows; up to 64
             targets of them are used. Shape ``(c, n, m)``.
-        out_to_loss: Weights of the rows; None if ``kernels`` have them. Shape ``(c, n)``.
+        out_to_loss: Weights of the rows, which are balanced between each checkpoint's
+            members and the others; None if ``kernels`` have them. Shape ``(c, n)``.
         members: Which examples each checkpoint was trained on. Shape ``(c, n)``.
         outputs: The checkpoints' outputs on the targets. Shape ``(c, m)``.
         exponent: The power of the weight.
