@@ -130,7 +130,10 @@ def test_cross_validation_is_that_of_the_arrays(store: Path, halves: Any) -> Non
     found = traker.cross_validate("exp", multiples=GRID)
     assert isinstance(found, CrossValidation)
     assert (found.n_checkpoints, len(found.targets)) == (C, M)
-    assert {one.exponents for one in found.candidates} == {AUTO}
+    assert found.candidates[0].exponents == AUTO
+    assert {one.exponents for one in found.candidates} == {
+        (AUTO[0], b) for b in (0.25, 0.5, 0.75, 1.0)
+    }
     assert 0.3 < found.lds <= 1
     data = [traker._validation._data("exp", i, M) for i in range(C)]
     features, targets, weights = problem.parts(sparse(problem))
@@ -150,7 +153,8 @@ def test_cross_validation_is_that_of_the_arrays(store: Path, halves: Any) -> Non
             for row, label in zip(logits, problem.targets[1], strict=True)
         ]
         np.testing.assert_allclose(one.outputs, margins, rtol=1e-6)
-    again = cross_validate(data, N, M, 7, multiples=GRID, exponents=(AUTO,))
+    pairs = [AUTO, *((AUTO[0], b) for b in (0.25, 0.75, 1.0))]
+    again = cross_validate(data, N, M, 7, multiples=GRID, exponents=pairs)
     assert again.lds == found.lds
 
 
@@ -225,13 +229,18 @@ def test_without_gradients_or_kernels(tmp_path: Path, halves: Any) -> None:
 # -- the damping ------------------------------------------------------------------------
 
 
-def chooses(monkeypatch: pytest.MonkeyPatch, multiple: float) -> list[int]:
-    """Let cross-validation choose a multiple; how many checkpoints each call had."""
+def chooses(
+    monkeypatch: pytest.MonkeyPatch, multiple: float, power: float | None = None
+) -> list[int]:
+    """Let cross-validation choose something; how many checkpoints each call had."""
     calls: list[int] = []
 
     def told(data: Any, *args: Any, **options: Any) -> CrossValidation:
         calls.append(len(data))
         found = cross_validate(data, *args, multiples=(1.0,), **options)
+        found = replace(found, exponents=options["exponents"][0])
+        if power is not None:
+            found = replace(found, exponents=(AUTO[0], power))
         return replace(found, multiple=multiple, is_default=False)
 
     monkeypatch.setattr("trak._validating.cross_validate", told)
@@ -275,6 +284,34 @@ def test_it_is_the_one_that_cross_validation_gives(store: Path, halves: Any) -> 
     found = traker.cross_validate()
     assert traker.dampings["exp"].multiple == found.multiple
     assert traker.dampings["exp"].lds == pytest.approx(found.lds)
+
+
+def test_the_exponent_of_the_result_is_chosen(
+    store: Path, halves: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = chooses(monkeypatch, 2.0, power=0.75)
+    problem = halves[0]
+    traker = make(problem, store)
+    wanted = expected(halves, 2.0, b=0.75)
+    close(traker.finalize_scores(), wanted[2])
+    assert (traker.dampings["exp"].power, traker.dampings["exp"].multiple) == (0.75, 2)
+    record = json.loads((store / "experiments" / "exp.json").read_text())
+    assert "exponents=(0.25, 0.75)" in record["finalized_with"]
+    order = np.argsort(-np.array(traker.scores), axis=0, kind="stable")[:3].T
+    np.testing.assert_array_equal(traker.top_k(k=3).indices, order)
+    errors = traker.uncertainty(k=3).standard_errors
+    pairs = zip(torch.from_numpy(wanted[1]), masks(halves[1]), strict=True)
+    q = torch.stack([reference.level(*pair) for pair in pairs])
+    close(errors, standard_errors(wanted[0], q.numpy(), exponent=0.75))
+    assert calls == [C]
+    assert traker.exponents == AUTO  # of every other experiment
+    # What was given stays: exponents, or a score computer with its own.
+    for options in (
+        {"exponents": AUTO},
+        {"score_computer": BasicScoreComputer(exponents=AUTO)},
+    ):
+        given = make(problem, store, **options)
+        assert {one.exponents for one in given.cross_validate().candidates} == {AUTO}
 
 
 @pytest.mark.parametrize("lambda_reg", [0.3, "pinv"])
@@ -491,4 +528,7 @@ def test_uncertainty_of_what_cannot_be(store: Path, halves: Any) -> None:
 
 def test_the_choice_of_a_store_without_one(store: Path, halves: Any) -> None:
     assert make(halves[0], store).dampings == {}
-    assert str(DampingChoice(1.0, "why", None)).endswith("1 mean eigenvalues (why)")
+    text = "damping of 1 mean eigenvalues (why)"
+    assert str(DampingChoice(1.0, None, "why", None)) == text
+    text = "damping of 2 mean eigenvalues, exponent 0.75 of the result (why)"
+    assert str(DampingChoice(2.0, 0.75, "why", None)) == text
