@@ -333,7 +333,7 @@ def _files(parts: Parts, sizes: Sizes) -> StoreSizes:
             "finalized_with": describe(computer, scores=True),
             "soft_threshold": None,
             DAMPING: asdict(
-                DampingChoice(1.0, f"the default: {sizes.c} are few", None)
+                DampingChoice(1.0, None, f"the default: {sizes.c} are few", None)
             ),
         },
         num_targets=sizes.m,
