@@ -26,7 +26,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from trak import TRAKer
-from trak.evaluation import LdsResult, bootstrap_interval, lds, random_subsets
+from trak.evaluation import (
+    CrossValidation,
+    LdsResult,
+    bootstrap_interval,
+    lds,
+    random_subsets,
+)
 from trak.projectors import BasicProjector
 
 BATCH_SIZE = 256
@@ -61,8 +67,11 @@ class Method:
     options: Mapping[str, Any]
     """What ``TRAKer`` is given besides the model and the data."""
 
+    knows_halves: bool = False
+    """Whether it is told what each checkpoint was trained on."""
 
-TRAK = Method("trak, as it comes", {})
+
+TRAK = Method("trak, as it comes", {}, knows_halves=True)
 # traker 0.3.2's dense projection and arithmetic, in float32, where it does best.
 _FLOAT32 = {"projector": BasicProjector, "use_half_precision": False}
 _UNDAMPED = {**_FLOAT32, "score_computer": UndampedInverse}
@@ -88,6 +97,27 @@ class Removal:
 
 
 @dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model that is attributed."""
+
+    weights: dict[str, Tensor]
+    half: np.ndarray
+    """Which training digits it was trained on. (n,)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """What a method gives. (n, m) each"""
+
+    first: np.ndarray
+    """From the first checkpoint."""
+    every: np.ndarray
+    """From all of them."""
+    expected: CrossValidation | None = None
+    """How good the checkpoints themselves say that those are."""
+
+
+@dataclass(frozen=True, slots=True)
 class Results:
     """Everything the demo measured."""
 
@@ -95,22 +125,18 @@ class Results:
     removal: Removal
     read_right: np.ndarray
     """Share of the retrained models that read each test digit correctly. (m,)"""
-    scores: np.ndarray
-    """trak's, from all checkpoints. (n, m)"""
+    scores: Scores
+    """trak's."""
 
 
 def score(
     method: Method,
     data: digits_model.Digits,
-    checkpoints: list[dict[str, Tensor]],
+    checkpoints: list[Checkpoint],
     save_dir: Path,
     bar: tqdm,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Score every training digit for every test digit, through the public API alone.
-
-    Returns:
-        Scores of the first checkpoint, and of all of them. Shape ``(n, m)`` each.
-    """
+) -> Scores:
+    """Score every training digit for every test digit, through the public API alone."""
     bar.set_postfix_str(method.name)
     traker = TRAKer(
         model=digits_model.make_model(),
@@ -121,7 +147,8 @@ def score(
         **method.options,
     )
     for model_id, checkpoint in enumerate(checkpoints):
-        traker.load_checkpoint(checkpoint, model_id=model_id)
+        half = checkpoint.half if method.knows_halves else None
+        traker.load_checkpoint(checkpoint.weights, model_id=model_id, train_inds=half)
         for batch in _batches(data.train):
             traker.featurize(batch=batch, num_samples=len(batch[0]))
             bar.update(len(batch[0]))
@@ -129,7 +156,7 @@ def score(
     for model_id, checkpoint in enumerate(checkpoints):
         traker.start_scoring_checkpoint(
             exp_name="test",
-            checkpoint=checkpoint,
+            checkpoint=checkpoint.weights,
             model_id=model_id,
             num_targets=len(data.test[0]),
         )
@@ -137,7 +164,10 @@ def score(
             traker.score(batch=batch, num_samples=len(batch[0]))
             bar.update(len(batch[0]))
     first = np.array(traker.finalize_scores(exp_name="test", model_ids=[0]))
-    return first, np.array(traker.finalize_scores(exp_name="test"))
+    every = np.array(traker.finalize_scores(exp_name="test"))
+    return Scores(
+        first, every, traker.cross_validate() if method.knows_halves else None
+    )
 
 
 def _batches(data: tuple[Tensor, Tensor]) -> list[tuple[Tensor, ...]]:
@@ -145,8 +175,8 @@ def _batches(data: tuple[Tensor, Tensor]) -> list[tuple[Tensor, ...]]:
 
 
 def score_all(
-    data: digits_model.Digits, checkpoints: list[dict[str, Tensor]]
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    data: digits_model.Digits, checkpoints: list[Checkpoint]
+) -> dict[str, Scores]:
     """Score with every method on the same checkpoints."""
     methods = (TRAK, *UNDAMPED, DOT_PRODUCT)
     work = len(methods) * len(checkpoints) * (len(data.train[0]) + len(data.test[0]))
@@ -159,7 +189,7 @@ def score_all(
             save_dir = Path(store) / str(number)
             scores[method.name] = score(method, data, checkpoints, save_dir, bar)
     by_pixels = pixel_scores(data)
-    scores[PIXELS] = by_pixels, by_pixels
+    scores[PIXELS] = Scores(by_pixels, by_pixels)
     return scores
 
 
@@ -225,24 +255,23 @@ def run(plan: Plan) -> tuple[Results, digits_model.Digits]:
     """Train, attribute, and check."""
     data = digits_model.load(plan.n_train, plan.n_test)
     halves = random_subsets(plan.n_train, plan.n_checkpoints, seed=1)
-    checkpoints = digits_model.train(
+    weights = digits_model.train(
         data.train,
         [np.flatnonzero(half) for half in halves],
         range(plan.n_checkpoints),
         epochs=plan.epochs,
         name="train checkpoints",
     )
-    scores = score_all(data, checkpoints)
+    scores = score_all(data, [*map(Checkpoint, weights, halves)])
     masks, outputs = retrain_on_subsets(plan, data)
     table = {
-        name: (lds(first, masks, outputs), lds(every, masks, outputs))
-        for name, (first, every) in scores.items()
+        name: (lds(one.first, masks, outputs), lds(one.every, masks, outputs))
+        for name, one in scores.items()
     }
-    best = scores[TRAK.name][1]
-    rankings = {TRAK.name: best, PIXELS: scores[PIXELS][1]}
+    rankings = {name: scores[name].every for name in (TRAK.name, PIXELS)}
     removal = remove_and_retrain(plan, data, rankings)
     read_right = (outputs > 0).mean(axis=(0, 1))
-    return Results(table, removal, read_right, best), data
+    return Results(table, removal, read_right, scores[TRAK.name]), data
 
 
 def report(plan: Plan, results: Results) -> str:
@@ -257,6 +286,10 @@ def report(plan: Plan, results: Results) -> str:
     for name, (first, every) in results.table.items():
         cells = [_cell(first.mean, first.interval), _cell(every.mean, every.interval)]
         lines.append(f"{name:30}{cells[0]:26}{cells[1]}".rstrip())
+    expected = results.scores.expected
+    if expected is not None:
+        cell = _cell(expected.lds, expected.interval)
+        lines.append(f"{'trak, expected by its checkpoints':56}{cell}")
     ours = [result.mean for result in results.table[TRAK.name]]
     undamped = [
         max(results.table[method.name][column].mean for method in UNDAMPED)
@@ -296,8 +329,9 @@ def _reading(results: Results, ratios: list[float]) -> str:
         f"{np.exp(by_trak.mean()):.0f}; without as many look-alikes of its label, by "
         f"{by_pixels.mean():.1f}. The rows above the last of the first table differ only "
         f"in what is done with the gradients, and with how sure the checkpoints are of a "
-        f"training digit: trak takes the fourth root of its 1 - p, twice, and the others "
-        f"multiply by the mean of 1 - p."
+        f"training digit: trak takes roots of its 1 - p, and balances it between what a "
+        f"checkpoint was trained on and what not, and the others multiply by the mean of "
+        f"1 - p. What the checkpoints expect is of models that are retrained once."
     )
     return textwrap.fill(text, WIDTH)
 
@@ -305,13 +339,14 @@ def _reading(results: Results, ratios: list[float]) -> str:
 def save(out: Path, plan: Plan, results: Results, data: digits_model.Digits) -> Path:
     """Write the scores, the numbers and the picture; return the picture's path."""
     out.mkdir(parents=True, exist_ok=True)
-    np.save(out / "scores.npy", results.scores)
+    np.save(out / "scores.npy", results.scores.every)
     numbers = {
         "accuracy": float(results.read_right.mean()),
         "lds": {
             name: [{"mean": r.mean, "interval": r.interval} for r in pair]
             for name, pair in results.table.items()
         },
+        "expected": results.scores.expected and results.scores.expected.to_dict(),
         "removal": {
             "by_trak": results.removal.by_trak.tolist(),
             "by_pixels": results.removal.by_pixels.tolist(),
@@ -320,7 +355,11 @@ def save(out: Path, plan: Plan, results: Results, data: digits_model.Digits) -> 
     (out / "results.json").write_text(json.dumps(numbers, indent=2) + "\n")
     (out / "report.txt").write_text(report(plan, results) + "\n")
     return picture.draw(
-        out / "digits.png", data, results.scores, results.read_right, plan.n_pictured
+        out / "digits.png",
+        data,
+        results.scores.every,
+        results.read_right,
+        plan.n_pictured,
     )
 
 

@@ -106,8 +106,8 @@ def test_train_and_test_digits_are_apart(demo):
 
 def test_every_method_is_scored_and_checked(demo, plan, outcome):
     results, data = outcome
-    assert results.scores.shape == (plan.n_train, plan.n_test)
-    assert np.isfinite(results.scores).all()
+    assert results.scores.every.shape == (plan.n_train, plan.n_test)
+    assert np.isfinite(results.scores.every).all()
     names = {demo.TRAK.name, demo.PIXELS, demo.DOT_PRODUCT.name}
     assert set(results.table) == names | {method.name for method in demo.UNDAMPED}
     for pair in results.table.values():
@@ -118,7 +118,7 @@ def test_every_method_is_scored_and_checked(demo, plan, outcome):
 
 def test_same_seeds_same_results(demo, plan, outcome):
     again, _ = demo.run(plan)
-    torch.testing.assert_close(again.scores, outcome[0].scores)
+    torch.testing.assert_close(again.scores.every, outcome[0].scores.every)
 
 
 def test_results_are_written(demo, plan, outcome, tmp_path):
@@ -128,7 +128,7 @@ def test_results_are_written(demo, plan, outcome, tmp_path):
     numbers = json.loads((path.parent / "results.json").read_text())
     assert numbers["lds"].keys() == results.table.keys()
     written = np.load(path.parent / "scores.npy")
-    torch.testing.assert_close(written, results.scores)
+    torch.testing.assert_close(written, results.scores.every)
     text = (path.parent / "report.txt").read_text()
     assert all(name in text for name in results.table)
     assert max(map(len, text.splitlines())) <= demo.WIDTH
@@ -148,5 +148,7 @@ def test_the_demo_shows_what_it_claims(demo):
     for column, times in ((0, 2.0), (1, 1.4)):
         best = max(pair[column].mean for pair in undamped)
         assert ours[column].mean >= times * best
+    low, high = results.scores.expected.interval
+    assert low < ours[1].mean < high
     assert bootstrap_interval(results.removal.by_trak)[0] > 0
     assert results.read_right.mean() > 0.94
