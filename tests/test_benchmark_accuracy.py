@@ -227,6 +227,7 @@ def results(accuracy):
         "subsets": 12,
         "repeats": 2,
         "training": 0.25,
+        "exponents": [0.0, 1.0],
         "checkpoints": 5,
     }
     notes = {"lds": 0.37, "interval": [0.3, 0.4], "multiple": 1.2, "exponents": [0, 1]}
@@ -275,11 +276,31 @@ def test_pages_take_tables_between_their_marks(accuracy, results):
     assert accuracy.report.fill(found, results) == found
 
 
-def test_pictures_are_the_same_from_the_same_figures(accuracy, results, tmp_path):
+def test_what_helps_to_choose_is_laid_out_by_truth(accuracy, results):
+    five = {"count": accuracy.choosing.AT}
+    results["rows"] += [
+        row(method="sizes", label="p=64", lds=0.2, **five),
+        row(method="sizes", label="p=0", lds=0.6, **five),
+        row(method="sizes", label="p=512", lds=0.5, **five),
+        row(method="grid", name="grid", label="0_1_1", lds=0.3, **five),
+        row(method="grid", name="grid", label="0_1_10", lds=0.2, **five),
+        row(method="grid", name="grid", label="0.25_0.5_1", lds=0.4, **five),
+    ]
+    found = accuracy.choosing.sections(results)
+    lines = {name: text.splitlines() for name, text in found.items()}
+    assert lines["sizes"][0] == "| truth | 64 | 512 | all |"
+    assert lines["sizes"][2] == "| digits, CNN | 0.200 | 0.500 | **0.600** |"
+    assert lines["dampings"][2] == "| digits, CNN | **0.300** | 0.200 |"
+    assert lines["exponents"][2] == "| digits, CNN | 0.300 | **0.400** |"
+    assert lines["checkpoints"][2] == "| digits, CNN | 0.400 | **0.500** |"
+
+
+@pytest.mark.parametrize("part", ["plot", "choosing"])
+def test_pictures_are_the_same_from_the_same_figures(accuracy, results, tmp_path, part):
     pytest.importorskip("matplotlib")
     paths = [tmp_path / name for name in ("one.svg", "two.svg")]
     for path in paths:
-        accuracy.plot.plot(results, [path])
+        getattr(accuracy, part).plot(results, [path])
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
