@@ -227,11 +227,18 @@ def _chosen(
 
 
 def arithmetic(setting: Setting) -> Lines:
-    """Do what 0.3.2 does with our gradients, and columns of one sketch for each size."""
+    """Do what 0.3.2 does with our gradients, and columns of one sketch for each size.
+
+    A sparse sketch is made a dense one by a dense projection of its own entries.
+    """
     traker, p = setting.open(), setting.line.options["p"]
     total, weights = 0, []
     for c in range(max(setting.line.counts)):
         rows, targets, own = setting.rows(traker, c)
+        if setting.line.needs == "wide":
+            generator = torch.Generator().manual_seed(c)
+            dense = torch.randn(rows.shape[1], p, generator=generator)
+            rows, targets = rows @ dense, targets @ dense
         weights.append(own)
         total = total + undamped(rows[:, :p], targets[:, :p])
         if c + 1 in setting.line.counts:

@@ -92,7 +92,7 @@ def lines(truth: str, n_checkpoints: int, n_given: int, plan: str) -> list[Line]
     found += _baselines(truth)
     found += _ours(counts)
     found += _sizes(truth, counts, plan)
-    found += _arithmetic(counts, plan)
+    found += _arithmetic(truth, counts, plan)
     found += _gradients(counts)
     given = tuple(count for count in RETRAININGS if count <= n_given)
     if plan == "quick":
@@ -140,7 +140,9 @@ def _sizes(truth: str, counts: tuple[int, ...], plan: str) -> Iterator[Line]:
         yield Line("TRAK by size", "sizes", few, options, needs=kind)
 
 
-def _arithmetic(counts: tuple[int, ...], plan: str) -> Iterator[Line]:
+def _arithmetic(truth: str, counts: tuple[int, ...], plan: str) -> Iterator[Line]:
+    # Dense sketches of millions of parameters take hours.
+    kind = "dense" if truth in SMALL else "wide"
     sketches = (512, 2048) if plan == "quick" else SKETCHES
     for p in sketches:
         yield Line(
@@ -150,7 +152,7 @@ def _arithmetic(counts: tuple[int, ...], plan: str) -> Iterator[Line]:
             {"p": p},
             f"p={p}",
             is_default=p == 2048,
-            needs="dense",
+            needs=kind,
         )
 
 
