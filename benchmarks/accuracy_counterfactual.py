@@ -21,8 +21,8 @@ from trak.evaluation import GroundTruth, remove_and_retrain
 
 TRUTHS = ("digits", "mnist")
 SHARES = (0.01, 0.02, 0.05, 0.1)
-TARGETS = {"quick": 2, "default": 8, "full": 8}
-REPEATS = {"quick": 2, "default": 3, "full": 20}
+TARGETS = {"quick": 2, "default": 10, "full": 20}
+REPEATS = {"quick": 2, "default": 20, "full": 20}
 RETRAININGS = 1000
 """Retrainings that datamodels are estimated from here, or as many as there are."""
 
