@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from accuracy_variants import BASE
 from speed_tables import table
 
 Row = dict[str, Any]
@@ -83,6 +84,25 @@ def _cell(row: Row | None, best: float) -> str:
     return f"**{text}**" if round(row["lds"], 3) == best else text
 
 
+def tried(results: Row) -> str:
+    """Lay out what else was tried: LDS of the default, and how much others differ."""
+    rows = [row for row in results["rows"] if row["method"] == "variants"]
+    found = {(row["label"], row["truth"], row["count"]): row["lds"] for row in rows}
+    columns = list(dict.fromkeys((row["truth"], row["count"]) for row in rows))
+    lines = []
+    for name in dict.fromkeys(row["label"] for row in rows):
+        cells = []
+        for column in columns:
+            own, base = found.get((name, *column)), found[(BASE, *column)]
+            if own is None:
+                cells.append("")
+            else:
+                cells.append(f"{own:.3f}" if name == BASE else f"{own - base:+.3f}")
+        lines.append((name, *cells))
+    head = ("", *(f"{truth}, {count}" for truth, count in columns))
+    return table(head, lines) if lines else ""
+
+
 def sections(results: Row) -> dict[str, str]:
     """Write the tables.
 
@@ -96,6 +116,7 @@ def sections(results: Row) -> dict[str, str]:
         "exponents": _table(
             results, over_exponents, lambda ab: "{:g}, {:g}".format(*ab)
         ),
+        "tried": tried(results),
     }
 
 

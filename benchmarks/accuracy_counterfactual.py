@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accuracy_alike import alike
 from accuracy_banks import given
 from accuracy_cells import Runner
-from accuracy_lines import similarity
 from accuracy_plan import Line
 from accuracy_setting import EXPERIMENT, Setting
 from accuracy_truths import Truth
@@ -71,10 +71,8 @@ def _scores(truth: Truth, runner: Runner) -> dict[str, np.ndarray]:
         for c in range(count):
             setting.featurize(traker, c)
         found = {"TRAK": np.array(traker.finalize_scores(EXPERIMENT, [*range(count)]))}
-    alike = Line("", "similarity", options={"by": "label"})
-    step = next(iter(similarity(replace(setting, line=alike))))
-    assert step.scores is not None  # noqa: S101  similarity always scores
-    found["similarity of inputs"] = step.scores()
+    by_label = Line("", "similarity", options={"by": "label"})
+    found["similarity of inputs"] = alike(replace(setting, line=by_label))
     if truth.n_given >= 20:
         bank = given(truth, runner.folder, as_stored=runner.as_stored)
         part = GroundTruth(bank.masks[:RETRAININGS], bank.outputs[:RETRAININGS])

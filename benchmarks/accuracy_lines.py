@@ -6,21 +6,27 @@ on; what a step's ``scores`` runs is for its own number of models alone.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accuracy_alike import alike
 from accuracy_arithmetic import Spectrum, undamped, weighted
 from accuracy_banks import given
 from accuracy_models import train
 from accuracy_plan import EXPONENTS, MULTIPLES
 from accuracy_setting import EXPERIMENT, Setting
+from accuracy_variants import late_epochs, tried
 
 from trak import methods
 from trak._members import balanced
 from trak.evaluation import CheckpointData, GroundTruth, cross_validate
+from trak.modelout_functions import TASK_TO_MODELOUT
 
 
 @dataclass
@@ -47,10 +53,7 @@ Lines = Iterator[Step]
 
 
 def training(setting: Setting) -> Lines:
-    """Train two models: what the second one takes is what any more take.
-
-    The first has a process's first calls of every operation in it.
-    """
+    """Train two models: the first takes longer, with first calls of every operation."""
     for count in (1, 2):
         setting.truth.train(np.flatnonzero(setting.halves[count - 1]), seed=count - 1)
         yield Step(count, trained=0)
@@ -72,54 +75,8 @@ def random(setting: Setting) -> Lines:
 
 
 def similarity(setting: Setting) -> Lines:
-    """Compare inputs by cosine; labels say with which sign."""
-    options, split = setting.line.options, setting.truth.split
-    embed = _embedder(setting, options.get("of", "inputs"))
-    left, right = embed(split.train, split.targets)
-    found = _unit(left) @ _unit(right).T
-    labels, wanted = split.train[-1], split.targets[-1]
-    if labels.is_floating_point():
-        found = found * labels[:, None].numpy()
-    else:
-        same = (labels[:, None] == wanted).numpy()
-        other = -1 / int(labels.max()) if options["by"] == "signed" else 0
-        found = np.where(same, found, found * other)
+    found = alike(setting)
     yield Step(0, lambda: found)
-
-
-def _unit(rows: np.ndarray) -> np.ndarray:
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
-
-
-def _embedder(setting: Setting, of: str) -> Callable[..., tuple]:
-    if setting.truth.task != "text_classification":
-        return lambda *parts: tuple(part[0].flatten(1).numpy() for part in parts)
-    return _word_counts if of == "words" else lambda *parts: _sentences(setting, *parts)
-
-
-def _word_counts(*parts: tuple) -> tuple:
-    """Weigh words by how rare they are."""
-    counts = []
-    for ids, _, mask, _ in parts:
-        rows = torch.zeros(len(ids), 30522)
-        counts.append(rows.scatter_add_(1, ids, mask.float())[:, 1000:].numpy())
-    rare = np.log(len(counts[0]) / (1 + (counts[0] > 0).sum(axis=0)))
-    return tuple(part * rare.clip(0) for part in counts)
-
-
-@torch.no_grad()
-def _sentences(setting: Setting, *parts: tuple) -> tuple:
-    """Average the last states of the encoder as it comes, without any training."""
-    encoder, found = setting.truth.make().eval().bert, []
-    for part in parts:
-        rows = []
-        for ids, kinds, mask, _ in zip(*(p.split(64) for p in part), strict=True):
-            states = encoder(ids, token_type_ids=kinds, attention_mask=mask)
-            weights = mask[..., None].float()
-            states = states.last_hidden_state * weights
-            rows.append(states.sum(1) / weights.sum(1))
-        found.append(torch.cat(rows).numpy())
-    return tuple(found)
 
 
 # -- projected gradients --------------------------------------------------------------
@@ -189,6 +146,32 @@ def sizes(setting: Setting) -> Lines:
                 yield Step(c + 1, lambda scores=scores: scores, label=f"p={p}")
 
 
+def variants(setting: Setting) -> Lines:
+    """Score with every change to the estimator that was tried, without projection."""
+    truth, count = setting.truth, max(setting.line.counts)
+    chosen, late = late_epochs(truth.recipe.epochs), []
+
+    def keep(epoch: int, model: torch.nn.Module) -> None:
+        if epoch in chosen:
+            late.append({k: v.clone() for k, v in model.state_dict().items()})
+
+    own, data = np.flatnonzero(setting.halves[0]), truth.split.train
+    train(truth.make, truth.loss, data, own, 0, truth.recipe, keep)
+
+    def gradients(state: dict[str, torch.Tensor]) -> tuple:
+        with tempfile.TemporaryDirectory(prefix="accuracy-") as directory:
+            held = replace(setting, work=Path(directory))
+            traker = held.open()
+            held.featurize(traker, 0, state)
+            return held.rows(traker, 0)
+
+    checkpoints = [(setting.checkpoint(c), setting.halves[c]) for c in range(count)]
+    exponents = tuple(TASK_TO_MODELOUT[truth.task].exponents)
+    found = tried(truth.model, exponents, checkpoints, late, gradients)
+    for trained, name, scores in found:
+        yield Step(trained, lambda scores=scores: scores, label=name)
+
+
 def _record(setting: Setting, traker: Any, c: int) -> CheckpointData:
     rows, targets, weights = setting.rows(traker, c)
     model = setting.truth.model
@@ -227,15 +210,12 @@ def _chosen(
 
 
 def arithmetic(setting: Setting) -> Lines:
-    """Do what 0.3.2 does with our gradients, and columns of one sketch for each size.
-
-    A sparse sketch is made a dense one by a dense projection of its own entries.
-    """
+    """Do what 0.3.2 does with our gradients, and columns of one sketch for each size."""
     traker, p = setting.open(), setting.line.options["p"]
     total, weights = 0, []
     for c in range(max(setting.line.counts)):
         rows, targets, own = setting.rows(traker, c)
-        if setting.line.needs == "wide":
+        if setting.line.needs == "wide":  # sparse; a dense projection of it is dense
             generator = torch.Generator().manual_seed(c)
             dense = torch.randn(rows.shape[1], p, generator=generator)
             rows, targets = rows @ dense, targets @ dense
@@ -298,7 +278,7 @@ def _along(setting: Setting, kind: Any, most: int = 10) -> Lines:
         )
         method = kind(shared, rates).fit(setting.train)
         total = total + method.score(setting.targets)
-        remove(save_dir)
+        shutil.rmtree(save_dir, ignore_errors=True)
         if run + 1 in setting.line.counts:
             # Training was part of the line's own work: none is added.
             yield Step(run + 1, lambda total=total: total, trained=0)
@@ -318,12 +298,6 @@ def _trained_again(setting: Setting, run: int, most: int) -> tuple[list, list[fl
     train(truth.make, truth.loss, data, indices, run, truth.recipe, keep)
     middle = [(epoch + 0.5) / epochs for epoch in sorted(chosen)]
     return states, [truth.recipe.rate * min(x / 0.2, (1 - x) / 0.8) for x in middle]
-
-
-def remove(folder: Any) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 # -- methods of the library that are means over checkpoints ---------------------------

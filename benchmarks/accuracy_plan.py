@@ -138,6 +138,8 @@ def _sizes(truth: str, counts: tuple[int, ...], plan: str) -> Iterator[Line]:
     for kind, sizes in SIZES.items():
         options = {"sizes": list(sizes)}
         yield Line("TRAK by size", "sizes", few, options, needs=kind)
+    # It computes its gradients itself, those of weights that nobody else needs among them.
+    yield Line("what was tried", "variants", few[-1:], needs="exact")
 
 
 def _arithmetic(truth: str, counts: tuple[int, ...], plan: str) -> Iterator[Line]:

@@ -108,9 +108,11 @@ class Setting:
             **options,
         )
 
-    def featurize(self, traker: TRAKer, c: int) -> None:
-        """Store the projected gradients of a checkpoint."""
-        checkpoint = self.checkpoint(c)
+    def featurize(
+        self, traker: TRAKer, c: int, checkpoint: dict[str, Tensor] | None = None
+    ) -> None:
+        """Store the projected gradients of a checkpoint, or of weights in its place."""
+        checkpoint = checkpoint or self.checkpoint(c)
         traker.load_checkpoint(checkpoint, model_id=c, train_inds=self.halves[c])
         for batch in self.train:
             traker.featurize(batch)

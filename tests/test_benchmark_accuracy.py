@@ -25,6 +25,7 @@ MODULES = (
     "plot",
     "report",
     "truths",
+    "variants",
     "worker",
 )
 
@@ -152,6 +153,64 @@ def test_cross_validation_is_held_against_the_best_on_the_truth(accuracy):
     (found,) = accuracy.judging.validation(rows)
     assert found["best"] == "0_1_3"
     assert found["lost"] == pytest.approx(0.05)
+
+
+# -- what was tried -------------------------------------------------------------------
+
+
+def a_checkpoint(accuracy, n=30, d=12, m=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    targets = torch.randn(m, d, generator=generator, dtype=torch.float64)
+    weights = torch.rand(n, generator=generator, dtype=torch.float64).numpy()
+    members = np.arange(n) % 2 == 0
+    made = accuracy.variants.Products
+    one = made(*accuracy.variants.products(rows, targets), weights, members)
+    return one, rows * torch.from_numpy(weights**0.25)[:, None], targets
+
+
+def test_variants_are_their_formulas(accuracy):
+    """Each with explicit matrices of the entries, where there are fewer than examples."""
+    variants = accuracy.variants
+    one, x, z = a_checkpoint(accuracy)
+    d = x.shape[1]
+    unit = float((x @ x.T).diagonal().mean())
+    eye = torch.eye(d, dtype=torch.float64)
+    inverse = torch.linalg.inv(x.T @ x + unit * eye)
+    base = x @ inverse @ z.T
+    found = {name: f(one, 0.25) for name, f in variants.KERNELS.items()}
+    torch.testing.assert_close(variants.ridge(one, 0.25), base)
+    hat = (x @ inverse @ x.T).diagonal()[:, None]
+    torch.testing.assert_close(found["corrected for leverage"], base / (1 - hat))
+    squared = x @ inverse @ x.T @ x @ inverse @ z.T
+    torch.testing.assert_close(found["squared damping"], squared)
+    iterated = base + unit * x @ inverse @ inverse @ z.T
+    torch.testing.assert_close(found["iterated damping"], iterated)
+    own = x[::2]
+    unit = float((own @ own.T).diagonal().mean())
+    inner = torch.linalg.inv(own.T @ own + unit * eye)
+    name = "kernel of the checkpoint's own examples"
+    torch.testing.assert_close(found[name], x @ inner @ z.T)
+    assert found["every checkpoint on one scale"].std() == pytest.approx(1.0)
+
+
+def test_white_rows_are_white(accuracy):
+    model = torch.nn.Linear(3, 4)
+    generator = torch.Generator().manual_seed(0)
+    mixed = torch.randn(16, 16, generator=generator)
+    rows = torch.randn(4000, 16, generator=generator) @ mixed
+    left, right = accuracy.variants.whitened(rows, rows[:5], model)
+    torch.testing.assert_close(left[:5], right)
+    bias = left[:, 12:] ** 2
+    moments = (rows[:, 12:] ** 2).mean(0)
+    torch.testing.assert_close(bias.mean(0), moments / (moments + moments.mean()))
+
+
+def test_late_epochs_end_with_the_last(accuracy):
+    for epochs in (3, 12, 20, 60):
+        found = accuracy.variants.late_epochs(epochs)
+        assert found[-1] == epochs - 1
+        assert found[0] >= 0
 
 
 # -- plan -----------------------------------------------------------------------------
@@ -286,12 +345,18 @@ def test_what_helps_to_choose_is_laid_out_by_truth(accuracy, results):
         row(method="grid", name="grid", label="0_1_10", lds=0.2, **five),
         row(method="grid", name="grid", label="0.25_0.5_1", lds=0.4, **five),
     ]
+    results["rows"] += [
+        row(method="variants", label=accuracy.variants.BASE, lds=0.5),
+        row(method="variants", label="another", lds=0.45),
+    ]
     found = accuracy.choosing.sections(results)
     lines = {name: text.splitlines() for name, text in found.items()}
     assert lines["sizes"][0] == "| truth | 64 | 512 | all |"
     assert lines["sizes"][2] == "| digits, CNN | 0.200 | 0.500 | **0.600** |"
     assert lines["dampings"][2] == "| digits, CNN | **0.300** | 0.200 |"
     assert lines["exponents"][2] == "| digits, CNN | 0.300 | **0.400** |"
+    assert lines["tried"][2] == "| the default | 0.500 |"
+    assert lines["tried"][3] == "| another | -0.050 |"
     assert lines["checkpoints"][2] == "| digits, CNN | 0.400 | **0.500** |"
 
 

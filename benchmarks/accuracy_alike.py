@@ -1,0 +1,60 @@
+"""Scores that know no model: how much alike inputs are, and whether labels agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from accuracy_setting import Setting
+
+
+def alike(setting: Setting) -> np.ndarray:
+    """Compare inputs by cosine; labels say with which sign. Shape ``(n, m)``."""
+    options, split = setting.line.options, setting.truth.split
+    embed = _embedder(setting, options.get("of", "inputs"))
+    left, right = embed(split.train, split.targets)
+    found = _unit(left) @ _unit(right).T
+    labels, wanted = split.train[-1], split.targets[-1]
+    if labels.is_floating_point():
+        found = found * labels[:, None].numpy()
+    else:
+        same = (labels[:, None] == wanted).numpy()
+        other = -1 / int(labels.max()) if options["by"] == "signed" else 0
+        found = np.where(same, found, found * other)
+    return found
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+
+
+def _embedder(setting: Setting, of: str) -> Callable[..., tuple]:
+    if setting.truth.task != "text_classification":
+        return lambda *parts: tuple(part[0].flatten(1).numpy() for part in parts)
+    return _word_counts if of == "words" else lambda *parts: _sentences(setting, *parts)
+
+
+def _word_counts(*parts: tuple) -> tuple:
+    """Weigh words by how rare they are."""
+    counts = []
+    for ids, _, mask, _ in parts:
+        rows = torch.zeros(len(ids), 30522)
+        counts.append(rows.scatter_add_(1, ids, mask.float())[:, 1000:].numpy())
+    rare = np.log(len(counts[0]) / (1 + (counts[0] > 0).sum(axis=0)))
+    return tuple(part * rare.clip(0) for part in counts)
+
+
+@torch.no_grad()
+def _sentences(setting: Setting, *parts: tuple) -> tuple:
+    """Average the last states of the encoder as it comes, without any training."""
+    encoder, found = setting.truth.make().eval().bert, []
+    for part in parts:
+        rows = []
+        for ids, kinds, mask, _ in zip(*(p.split(64) for p in part), strict=True):
+            states = encoder(ids, token_type_ids=kinds, attention_mask=mask)
+            weights = mask[..., None].float()
+            states = states.last_hidden_state * weights
+            rows.append(states.sum(1) / weights.sum(1))
+        found.append(torch.cat(rows).numpy())
+    return tuple(found)
