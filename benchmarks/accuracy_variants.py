@@ -221,25 +221,39 @@ class Tried:
         self.levelled: list[np.ndarray] = []
         self.raw: list[np.ndarray] = []
 
-    def add(
+    def add_base(
         self, rows: Tensor, targets: Tensor, weights: np.ndarray, members: np.ndarray
     ) -> Products:
-        """Add a checkpoint to what its products are enough for."""
+        """Add a checkpoint to the default alone."""
         one = Products(*products(rows, targets), weights, members)
         self.levelled.append(balanced(weights, members))
         self.raw.append(weights)
         a, _ = self.exponents
-        for power in {a, 0.0, 0.5, 1.0}:
+        self.sums[f"{a:g}"] += ridge(one, a)
+        return one
+
+    def add(
+        self, rows: Tensor, targets: Tensor, weights: np.ndarray, members: np.ndarray
+    ) -> Products:
+        """Add a checkpoint to what its products are enough for."""
+        one = self.add_base(rows, targets, weights, members)
+        a, _ = self.exponents
+        for power in {0.0, 0.5, 1.0} - {a}:
             self.sums[f"{power:g}"] += ridge(one, power)
         for name, kernel in KERNELS.items():
             self.sums[name] += kernel(one, a)
         return one
 
+    def base(self) -> np.ndarray:
+        """Give the default's scores."""
+        a, b = self.exponents
+        return self._weighted(self.sums[f"{a:g}"], b)
+
     def scores(self) -> Iterator[tuple[str, np.ndarray]]:
         """Give every variant's scores, the default first."""
         a, b = self.exponents
         base = self.sums[f"{a:g}"]
-        yield BASE, self._weighted(base, b)
+        yield BASE, self.base()
         yield "weights that are not balanced", self._weighted(base, b, raw=True)
         for powers, name in (
             ((0.0, 1.0), "exponents (0, 1): the paper's"),
@@ -307,8 +321,8 @@ def tried(
     ):
         group = Tried(exponents)
         for state in states:
-            group.add(*gradients(state), members)
-        yield 1, name, dict(group.scores())[BASE]
+            group.add_base(*gradients(state), members)
+        yield 1, name, group.base()
 
 
 def late_epochs(epochs: int) -> list[int]:
