@@ -221,5 +221,5 @@ def _curvature(truth: str, counts: tuple[int, ...], plan: str) -> Iterator[Line]
             )
 
 
-MINUTES = {"quick": 2.0, "default": 10.0, "full": 120.0}
+MINUTES = {"quick": 2.0, "default": 20.0, "full": 120.0}
 """Longest that a line may run before it is stopped and left out."""

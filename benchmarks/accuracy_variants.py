@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trak._members import balanced
 
 BASE = "the default"
-BLOCKS = 32
+BLOCKS = 16
 COPIES = 5
 """Copies of one checkpoint, or epochs of one run, that stand for checkpoints."""
 DROPPED = 0.05
@@ -40,10 +40,19 @@ class Products:
     members: np.ndarray
     """Which examples it was trained on. Shape ``(n,)``."""
 
+    known: dict[float, Tensor] = field(default_factory=dict)
+    """Factors that were computed."""
+
     def powered(self, a: float) -> tuple[Tensor, Tensor]:
         """Weigh the rows."""
         scale = torch.from_numpy(np.abs(self.weights) ** a)
         return self.gram * scale[:, None] * scale, self.cross * scale[:, None]
+
+    def solve(self, a: float, right: Tensor) -> Tensor:
+        """Multiply with the inverse of the damped Gram matrix of weighted rows."""
+        if a not in self.known:
+            self.known[a] = factor(self.powered(a)[0])
+        return torch.cholesky_solve(right, self.known[a])
 
 
 def products(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,11 +60,10 @@ def products(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return (rows @ rows.T).double(), (rows @ targets.T).double()
 
 
-def damped(gram: Tensor, multiple: float = 1.0) -> Tensor:
-    """Add mean eigenvalues to the diagonal."""
-    n = len(gram)
+def factor(gram: Tensor) -> Tensor:
+    """Add one mean eigenvalue to the diagonal, and factor."""
     unit = gram.diagonal().mean()
-    return gram + multiple * unit * torch.eye(n, dtype=gram.dtype)
+    return torch.linalg.cholesky(gram + unit * torch.eye(len(gram), dtype=gram.dtype))
 
 
 # -- kernels: from products to scores before the weight on the result -----------------
@@ -63,8 +71,7 @@ def damped(gram: Tensor, multiple: float = 1.0) -> Tensor:
 
 def ridge(one: Products, a: float) -> Tensor:
     r"""Compute :math:`(\tilde X \tilde X^\top + \lambda I)^{-1} \tilde X \phi^\top`."""
-    gram, cross = one.powered(a)
-    return torch.linalg.solve(damped(gram), cross)
+    return one.solve(a, one.powered(a)[1])
 
 
 def unit_rows(one: Products, a: float) -> Tensor:
@@ -86,7 +93,7 @@ def centred_rows(one: Products, a: float) -> Tensor:
 def leverage(one: Products, a: float) -> Tensor:
     """Divide by one minus the leverage: the example is left out, not weighted less."""
     gram, _ = one.powered(a)
-    hat = torch.linalg.solve(damped(gram), gram).diagonal()
+    hat = one.solve(a, gram).diagonal()
     return ridge(one, a) / (1 - hat)[:, None]
 
 
@@ -95,7 +102,7 @@ def own_examples(one: Products, a: float) -> Tensor:
     gram, cross = one.powered(a)
     own = torch.from_numpy(np.flatnonzero(one.members))
     inner = gram[own][:, own]
-    part = gram[:, own] @ torch.linalg.solve(damped(inner), cross[own])
+    part = gram[:, own] @ torch.cholesky_solve(cross[own], factor(inner))
     return (cross - part) / inner.diagonal().mean()
 
 
@@ -103,13 +110,13 @@ def iterated(one: Products, a: float) -> Tensor:
     """Iterate the damped solve once more."""
     gram, _ = one.powered(a)
     unit, first = gram.diagonal().mean(), ridge(one, a)
-    return first + unit * torch.linalg.solve(damped(gram), first)
+    return first + unit * one.solve(a, first)
 
 
 def squared(one: Products, a: float) -> Tensor:
     """Filter eigenvalues by s / (s + λ)²."""
     gram, _ = one.powered(a)
-    return torch.linalg.solve(damped(gram), gram @ ridge(one, a))
+    return one.solve(a, gram @ ridge(one, a))
 
 
 def truncated(one: Products, a: float) -> Tensor:
