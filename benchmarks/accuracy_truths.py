@@ -167,7 +167,7 @@ CIFAR4 = Truth(
         root, ("airplane", "automobile", "bird", "cat"), 2000, 400, 16
     ),
     recipe=Recipe(epochs=30, rate=0.05, decay=5e-4, autocast=True),
-    n_given=300,
+    n_given=200,
 )
 CIFAR2 = Truth(
     name="cifar2",
