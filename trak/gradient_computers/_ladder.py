@@ -144,11 +144,16 @@ class Ladder:
                 self.reasons[name] = reason
         if len(owners) == 1:
             return ways[0]
-        shared = [next((w for w in it if w is not Rung.COPIES), None) for it in ways]
-        if not owners or None in shared:
+        found = []
+        if any(Rung.LAYER in way for way in ways):
+            # A module may hold under its own name what only a layer below it uses.
+            found.append(Rung.LAYER)
+        shared = [any(w is not Rung.COPIES for w in way) for way in ways]
+        if owners and all(shared) and any(Rung.LAYER not in way for way in ways):
+            found.append(Rung.MODULE)
+        if not found:
             self.reasons.setdefault(name, "no module owns it")
-            return []
-        return [Rung.LAYER if set(shared) == {Rung.LAYER} else Rung.MODULE]
+        return found
 
     def _ways_at(self, owner: _Owner) -> tuple[list[Rung], str]:
         module, local = owner.module, owner.local
@@ -181,6 +186,8 @@ class Ladder:
             for owner in self._owners[name]:
                 station = self._station(owner)
                 has_rule = station.rule and owner.local in station.rule.parameters
+                if ways[0] is Rung.LAYER and not has_rule:
+                    continue
                 if has_rule and ways[0] is not Rung.COPIES:
                     station.by_rule[owner.local] = name
                 elif ways[0] is Rung.COPIES:

@@ -16,17 +16,25 @@ from trak.modelout_functions._scalar import (
     MultilabelModelOutput,
     RegressionModelOutput,
 )
+from trak.modelout_functions._tokens import (
+    CausalLMModelOutput,
+    MaskedLMModelOutput,
+    Seq2SeqLMModelOutput,
+)
 
 __all__ = [
     "TASK_TO_MODELOUT",
     "AbstractModelOutput",
     "BinaryClassificationModelOutput",
     "CLIPModelOutput",
+    "CausalLMModelOutput",
     "FunctionTask",
     "ImageClassificationModelOutput",
     "IterativeImageClassificationModelOutput",
+    "MaskedLMModelOutput",
     "MultilabelModelOutput",
     "RegressionModelOutput",
+    "Seq2SeqLMModelOutput",
     "TextClassificationModelOutput",
     "resolve_task",
 ]

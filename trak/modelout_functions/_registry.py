@@ -22,6 +22,11 @@ from trak.modelout_functions._scalar import (
     MultilabelModelOutput,
     RegressionModelOutput,
 )
+from trak.modelout_functions._tokens import (
+    CausalLMModelOutput,
+    MaskedLMModelOutput,
+    Seq2SeqLMModelOutput,
+)
 
 TASK_TO_MODELOUT: dict[str, type[AbstractModelOutput]] = {
     "image_classification": ImageClassificationModelOutput,
@@ -31,6 +36,9 @@ TASK_TO_MODELOUT: dict[str, type[AbstractModelOutput]] = {
     "regression": RegressionModelOutput,
     "binary_classification": BinaryClassificationModelOutput,
     "multilabel": MultilabelModelOutput,
+    "causal_lm": CausalLMModelOutput,
+    "masked_lm": MaskedLMModelOutput,
+    "seq2seq_lm": Seq2SeqLMModelOutput,
 }
 """The task each name stands for."""
 
