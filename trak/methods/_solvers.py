@@ -29,10 +29,10 @@ class Solution:
     """The solutions, one a row. Shape ``(k, d)``."""
 
     iterations: int
-    """Products with the operator, of all rows at a time."""
+    """Steps of all rows at a time, each with one product."""
 
     residuals: Float[Tensor, " k"]
-    """Norm of what is left, as a share of the right side's. Shape ``(k,)``."""
+    """``|A x - b| / |b|``, of the solutions themselves. Shape ``(k,)``."""
 
 
 def conjugate_gradients(
@@ -51,7 +51,7 @@ def conjugate_gradients(
         operator: The products with a positive definite :math:`A`.
         right: The right sides :math:`b`, one a row. Shape ``(k, d)``.
         tolerance: Share of ``|b|`` that the residual has to come down to.
-        max_iterations: Products after which to stop, converged or not.
+        max_iterations: Steps after which to stop, converged or not.
 
     Returns:
         The solutions, in the dtype and on the device of ``right``.
@@ -88,6 +88,9 @@ def conjugate_gradients(
         before, left = left, torch.where(active, _dots(residual, residual), left)
         turn = torch.where(active, left / torch.where(active, before, 1.0), 0.0)
         direction = residual + turn.to(right.dtype)[:, None] * direction
+    if iterations:  # the recurrence's residual is another by what is rounded in it
+        residual = operator(solution) - right
+        left = _dots(residual, residual)
     shares = (left / torch.where(scale > 0, scale, 1.0)).sqrt()
     return Solution(solution, iterations, shares)
 
