@@ -618,6 +618,22 @@ def test_lissa_of_one_operator_converges() -> None:
     torch.testing.assert_close(found, torch.linalg.solve(damped, right.T).T)
 
 
+@pytest.mark.parametrize(("scale", "depth"), [(0.42, 13), (0.45, 22), (0.48, 60)])
+def test_lissa_that_diverges_slowly(scale: float, depth: int) -> None:
+    """It ends while its series is not yet ten times as long as any answer's."""
+    matrix, right = positive(9), draw(2, 9, seed=1)
+    top = float(torch.linalg.eigvalsh(matrix)[-1])
+    operators = [lambda rows: rows @ matrix] * depth
+    with pytest.raises(ConvergenceError, match=f"after {depth} of {depth} terms"):
+        lissa(
+            iter(operators),
+            right,
+            damping=top / 10,
+            scale=1.1 * scale * top,
+            depth=depth,
+        )
+
+
 def test_lanczos_stops_where_the_space_ends() -> None:
     values = torch.tensor([3.0, -2.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     found, vectors = lanczos(
@@ -881,7 +897,7 @@ def test_labels_are_class_indices(kind: Any) -> None:
     labels = labels.clone()
     labels[4] = 7
     with pytest.raises(BatchError, match="position 4 of the batch is 7, which is not"):
-        made(kind, problem).fit([(inputs, labels)])
+        made(kind, problem).fit([(inputs, labels)]).score([problem.targets])
 
 
 class Flipping(nn.Module):
@@ -1061,6 +1077,34 @@ def test_convergence_is_of_the_last_scores() -> None:
     for _ in range(2):
         method.score([problem.targets])
         assert [it.checkpoint for it in method.convergence] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_checkpoints_stay_what_they_are(kind: Any) -> None:
+    problem = make(checkpoints=2)
+    method = made(kind, problem).fit([problem.train])
+    problem.checkpoints[1]["0.bias"] += 1
+    with pytest.raises(
+        CheckpointError, match="checkpoint 1 has other weights than when"
+    ):
+        method.score([problem.targets])
+    again = method.fit([problem.train]).score([problem.targets])
+    np.testing.assert_array_equal(
+        again, made(kind, problem).fit([problem.train]).score([problem.targets])
+    )
+
+
+def test_scores_that_overflow_are_refused() -> None:
+    problem = logistic()
+    problem.train[0][:] *= 1e25
+    problem.targets[0][:] *= 1e25
+    method = made(EKFAC, problem, damping=1e-5).fit([problem.train])
+    method._factors[0]["weight"].eigenvalues.zero_()  # for products of 1e55
+    with pytest.raises(
+        NonFiniteError, match="or the score overflows float32"
+    ) as caught:
+        method.score([problem.targets])
+    assert caught.value.index is not None
 
 
 def test_residuals_are_of_the_solutions() -> None:

@@ -321,6 +321,16 @@ def test_empty_batches_count_for_nothing():
     np.testing.assert_array_equal(scores, expected)
 
 
+def test_checkpoints_stay_what_they_are():
+    found = problem()
+    method = RepresentationSimilarity(found.model, found.checkpoints).fit([found.train])
+    found.checkpoints[1]["0.bias"] += 1
+    with pytest.raises(
+        CheckpointError, match="checkpoint 1 has other weights than when"
+    ):
+        method.score([found.targets])
+
+
 def test_one_state_dict_is_no_list_of_them(untyped):
     found = problem()
     with pytest.raises(CheckpointError, match=r"such as \[state_dict\]"):

@@ -73,6 +73,24 @@ def check_not_negative(argument: str, value: object) -> None:
         raise OptionError(f"{argument} must be at least 0 and finite, got {value!r}.")
 
 
+def check_unchanged(c: int, fitted: str, weights: str) -> None:
+    """Refuse a checkpoint that is another than when a method was fitted.
+
+    Args:
+        c: Its position.
+        fitted: The fingerprint of its weights then.
+        weights: Their fingerprint now.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    if weights != fitted:
+        raise CheckpointError(
+            f"checkpoint {c} has other weights than when the method was fitted; pass "
+            f"copies that training does not write to, and fit again."
+        )
+
+
 def check_checkpoints(checkpoints: Sequence[Any]) -> None:
     """Refuse what is not a sequence of state dicts.
 

@@ -23,6 +23,7 @@ from trak.methods._choices import (
     check_above_zero,
     check_checkpoints,
     check_not_negative,
+    check_unchanged,
 )
 from trak.methods._data import Contents, checked, read_contents
 from trak.methods._gradient_products import gradient_products
@@ -72,6 +73,7 @@ class CurvatureMethod(Method):
         self._train: Iterable[Batch] = ()
         self._contents: Contents | None = None
         self._is_fitted = False
+        self._weights: dict[int, str] = {}
         self._n = 0
 
     def fit(self: C, train: Iterable[Batch]) -> C:
@@ -94,6 +96,7 @@ class CurvatureMethod(Method):
         self._train, self._n = train, contents.size
         self._contents = contents
         self._members = [self._parse_members(c) for c in range(len(self._checkpoints))]
+        self._weights = {}
         self._begin()
         for c in self._load_each():
             self._fit_checkpoint(c)
@@ -113,6 +116,7 @@ class CurvatureMethod(Method):
             OrderError: If the method was not fitted.
             BatchError: If there are no targets, or batches are not the same whenever
                 they are gone through.
+            CheckpointError: If a checkpoint has other weights than in ``fit``.
             NonFiniteError: If a target's gradient is not finite, with its index, or a
                 score, with the training example's.
         """
@@ -127,7 +131,8 @@ class CurvatureMethod(Method):
             weights = self._out_to_loss()
             for low, rows in self._tiles(targets, found_targets):
                 found = weights * self._products(c, rows)
-                total[:, low : low + len(rows)] += found.cpu().numpy()
+                with np.errstate(over="ignore"):  # it is an error below
+                    total[:, low : low + len(rows)] += found.cpu().numpy()
         total /= len(self._checkpoints)
         if not np.isfinite(total).all():
             index = int(np.flatnonzero(~np.isfinite(total).all(axis=1))[0])
@@ -154,7 +159,8 @@ class CurvatureMethod(Method):
 
     def _load_each(self) -> Iterator[int]:
         for c, checkpoint in enumerate(self._checkpoints):
-            load_weights(self._model, checkpoint)
+            weights = load_weights(self._model, checkpoint)
+            check_unchanged(c, self._weights.setdefault(c, weights), weights)
             self._computer.load_model_params(self._model)
             yield c
 

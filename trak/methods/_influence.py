@@ -196,7 +196,7 @@ class InfluenceFunction(CurvatureMethod):
                 f"conjugate gradients stopped after {found.iterations} iterations with "
                 f"a relative residual of {worst:.2g}, above {self._tolerance:g} for "
                 f"{late} of {len(rows)} targets; pass a larger damping, max_iterations "
-                f"or tolerance.",
+                f"or tolerance, or compute in a wider type.",
                 TrakWarning,
                 stacklevel=4,
             )
@@ -224,7 +224,7 @@ class InfluenceFunction(CurvatureMethod):
     def _noisy_operators(
         self, c: int, generator: torch.Generator
     ) -> Iterator[Operator]:
-        """Draw batches, each as often as any other in a pass."""
+        """Draw batches, each as often as any other in a pass, whatever its size."""
         batches = list(self._member_batches(c))
         while True:
             for i in torch.randperm(len(batches), generator=generator).tolist():

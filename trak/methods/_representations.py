@@ -27,7 +27,7 @@ from trak.errors import (
     UnknownNameError,
 )
 from trak.methods._base import Method
-from trak.methods._choices import check_checkpoints
+from trak.methods._choices import check_checkpoints, check_unchanged
 from trak.methods._data import Contents, checked, read_contents
 
 Layer: TypeAlias = str | Callable[[torch.nn.Module, Batch], Tensor]
@@ -54,6 +54,7 @@ class Metric(str, Enum):
 class _Features:
     """Representations of some examples at one checkpoint."""
 
+    weights: str
     values: Float32[Tensor, "b k"]
     labels: Int[Tensor, " b"] | None
 
@@ -151,6 +152,7 @@ class RepresentationSimilarity(Method):
             BatchError: If there are no targets, batches are not as above or not the same
                 whenever they are gone through, or features have another length than
                 those of the training set.
+            CheckpointError: If a checkpoint has other weights than in ``fit``.
             TaskError: If the layer gives no features.
             NonFiniteError: If a feature is NaN or infinite, or it or a score overflows
                 float32.
@@ -161,7 +163,8 @@ class RepresentationSimilarity(Method):
         n, m = len(self._train[0].values), len(found[0].values)
         scores = np.zeros((n, m), dtype=np.float32)
         device = next(self._model.parameters()).device
-        for train, target in zip(self._train, found, strict=True):
+        for c, (train, target) in enumerate(zip(self._train, found, strict=True)):
+            check_unchanged(c, train.weights, target.weights)
             k, other = train.values.shape[1], target.values.shape[1]
             if k != other:
                 raise BatchError(
@@ -197,7 +200,7 @@ class RepresentationSimilarity(Method):
         contents: Contents,
         what: str,
     ) -> _Features:
-        load_weights(self._model, checkpoint)
+        weights = load_weights(self._model, checkpoint)
         values, labels, size = [], [], 0
         with torch.no_grad():
             for batch in checked(batches, contents, what):
@@ -208,7 +211,8 @@ class RepresentationSimilarity(Method):
                 values.append(found.cpu())
                 if self._same_label:
                     labels.append(_labels(batch, len(found)).cpu())
-        return _Features(torch.cat(values), torch.cat(labels) if labels else None)
+        every = torch.cat(labels) if labels else None
+        return _Features(weights, torch.cat(values), every)
 
 
 def similarity(
