@@ -30,7 +30,7 @@ TASK = "image_classification"
 MULTIPLES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 Weights = dict[str, Tensor]
-Score = Callable[[list[Weights], list[np.ndarray]], np.ndarray]
+Score = Callable[[list[Weights]], np.ndarray]
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def main() -> None:
                 row += f"{'':{width}}"
                 continue
             start = time.process_time()
-            found = lds(score(checkpoints[:c], inds[:c]), truth)
+            found = lds(score(checkpoints[:c]), truth)
             seconds = (time.process_time() - start) / c
             low, high = found.interval
             text = f"{found.mean:.3f}" + (f" [{low:.3f}, {high:.3f}]" if c == 1 else "")
@@ -89,10 +89,11 @@ def _trained(
 def _methods(data: digits_model.Digits) -> Iterator[tuple[str, Score, int]]:
     """Name every method, how it scores, and the checkpoints it has the time for."""
     train, targets = _batches(data.train), _batches(data.test)
-    yield "TRAK", lambda weights, _: _trak(weights, data), 5
+    yield "TRAK", lambda weights: _trak(weights, data), 5
 
     def of(kind: Any, **options: Any) -> Score:
-        def score(weights: list[Weights], inds: list[np.ndarray]) -> np.ndarray:
+        def score(weights: list[Weights]) -> np.ndarray:
+            # The curvature is of all examples, as TRAK's kernel is.
             model = digits_model.make_model()
             method = kind(model, TASK, weights, **options)
             return method.fit(train).score(targets)

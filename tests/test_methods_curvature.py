@@ -17,16 +17,21 @@ from tests.contracts.method_contract import MethodContract
 from tests.problems import Problem, classes, classification, draw, randomized, split
 from trak import modelout_functions
 from trak.errors import (
+    BatchError,
+    CheckpointError,
     ConvergenceError,
     GradientError,
     NoCheckpointError,
     NonFiniteError,
     OptionError,
+    OrderError,
+    SingularKernelError,
     TaskError,
     TrakWarning,
     UnknownNameError,
 )
 from trak.methods import EKFAC, Arnoldi, InfluenceFunction, TrainingLoss
+from trak.methods._choices import check_checkpoints
 from trak.methods._curvature import Curvature, CurvatureProducts
 from trak.methods._curvature_loss import loss_of_task
 from trak.methods._kronecker import precondition, squared_rotated
@@ -414,7 +419,7 @@ def test_sampled_labels_have_the_exact_factors_on_average() -> None:
     for fisher in ("exact", "sampled", "empirical"):
         method = EKFAC(problem.model, problem.task, problem.checkpoints, fisher=fisher)
         method.fit([problem.train])
-        found[fisher] = method._factors[0][0].eigenvalues
+        found[fisher] = method._factors[0]["weight"].eigenvalues
     total = found["exact"].sum()
     # The relative spread of a mean over 4000 examples is a few times 1/sqrt(4000).
     torch.testing.assert_close(found["sampled"].sum(), total, rtol=0.1, atol=0)
@@ -453,7 +458,7 @@ def assert_ekfac_is_of_its_layers(problem: Problem) -> EKFAC:
     )
     weights = problem.out_to_loss(checkpoint)[:, None]
     expected = torch.zeros(problem.n, problem.m, dtype=torch.float64)
-    for layer, factors in zip(method._layers, method._factors[0], strict=True):
+    for layer, factors in zip(method._layers, method._factors[0].values(), strict=True):
 
         def joined(grads: dict[str, Tensor], layer: Any = layer) -> Tensor:
             shape = problem.parameters()[layer.weight].shape
@@ -613,6 +618,22 @@ def test_lissa_of_one_operator_converges() -> None:
     torch.testing.assert_close(found, torch.linalg.solve(damped, right.T).T)
 
 
+@pytest.mark.parametrize(("scale", "depth"), [(0.42, 13), (0.45, 22), (0.48, 60)])
+def test_lissa_that_diverges_slowly(scale: float, depth: int) -> None:
+    """It ends while its series is not yet ten times as long as any answer's."""
+    matrix, right = positive(9), draw(2, 9, seed=1)
+    top = float(torch.linalg.eigvalsh(matrix)[-1])
+    operators = [lambda rows: rows @ matrix] * depth
+    with pytest.raises(ConvergenceError, match=f"after {depth} of {depth} terms"):
+        lissa(
+            iter(operators),
+            right,
+            damping=top / 10,
+            scale=1.1 * scale * top,
+            depth=depth,
+        )
+
+
 def test_lanczos_stops_where_the_space_ends() -> None:
     values = torch.tensor([3.0, -2.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     found, vectors = lanczos(
@@ -699,7 +720,7 @@ def test_products_of_zero_rows_and_unused_parameters() -> None:
         ({"curvature": "fisher"}, UnknownNameError, "curvature is one of 'ggn'"),
         ({"damping": -1.0}, OptionError, "damping must be at least 0 and finite"),
         ({"multiple": 0.0}, OptionError, "multiple must be positive and finite"),
-        ({"depth": 0}, OptionError, "depth must be positive and finite, got 0"),
+        ({"depth": 0}, OptionError, "depth must be at least 1; got 0"),
         ({"train_inds": []}, OptionError, "train_inds is for 0 checkpoints"),
         ({"train_inds": [[99]]}, OptionError, r"train_inds\[0\] is int64 of shape"),
         ({"loss": lambda model, batch: None}, OptionError, "pass loss=TrainingLoss"),
@@ -793,8 +814,11 @@ def test_outputs_and_scores_that_are_not_finite() -> None:
         scores(method, problem)
     problem.train[0][5] = 0.0
     problem.targets[0][2] = math.inf
-    with pytest.raises(NonFiniteError, match="a score of training example 0 is not"):
+    with pytest.raises(
+        NonFiniteError, match="gradient of target 2 has a NaN"
+    ) as caught:
         scores(method, problem)
+    assert caught.value.index == 2
 
 
 def test_the_model_is_not_changed_otherwise() -> None:
@@ -804,3 +828,369 @@ def test_the_model_is_not_changed_otherwise() -> None:
     scores(EKFAC(problem.model, problem.task, problem.checkpoints), problem)
     assert [it.requires_grad for it in problem.model.parameters()] == before
     assert all(it.grad is None for it in problem.model.parameters())
+
+
+# -- wrong uses, and what is singular -------------------------------------------------
+
+EVERY = [
+    lambda *arguments, **options: InfluenceFunction(*arguments, **options),
+    lambda *arguments, **options: InfluenceFunction(
+        *arguments, **{"solver": "lissa", "depth": 30, **options}
+    ),
+    lambda *arguments, **options: Arnoldi(*arguments, **{"rank": 8, **options}),
+    lambda *arguments, **options: EKFAC(*arguments, **options),
+]
+
+
+def made(kind: Any, problem: Problem, **options: Any) -> Any:
+    return kind(problem.model, problem.task, problem.checkpoints, **options)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_target_that_is_not_finite_is_named(kind: Any) -> None:
+    """Also alone: the zeros that solvers begin with are no answer."""
+    problem = make()
+    method = made(kind, problem).fit([problem.train])
+    inputs, labels = problem.targets
+    inputs[2, 1] = math.nan
+    for batch, index in [
+        ((inputs, labels), 2),
+        ((inputs[2:3], labels[2:3]), 0),
+    ]:
+        with pytest.raises(NonFiniteError, match=f"target {index} has a NaN") as caught:
+            method.score(batches(batch, len(batch[0]), 1))
+        assert caught.value.index == index
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_fit_that_fails_leaves_nothing_to_score_with(kind: Any) -> None:
+    problem = make()
+    method = made(kind, problem).fit([problem.train])
+    inputs, labels = problem.train
+    broken = inputs.clone()
+    broken[3] = math.inf * broken[3]
+    broken[3, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="row 3 of a training batch is NaN"):
+        method.fit([(broken, labels)])
+    with pytest.raises(OrderError, match="fit it first"):
+        method.score([problem.targets])
+    expected = made(kind, problem).fit([problem.train]).score([problem.targets])
+    again = method.fit([problem.train]).score([problem.targets])
+    np.testing.assert_array_equal(again, expected)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_empty_batches_count_for_nothing(kind: Any) -> None:
+    problem = make()
+    plain = batches(problem.train, problem.n), batches(problem.targets, problem.m, 3)
+    expected = made(kind, problem).fit(plain[0]).score(plain[1])
+    empty = tuple(part[:0] for part in problem.train)
+    spaced = [[empty, whole[0], empty, *whole[1:], empty] for whole in plain]
+    found = made(kind, problem).fit(spaced[0]).score(spaced[1])
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_labels_are_class_indices(kind: Any) -> None:
+    problem = make()
+    inputs, labels = problem.train
+    labels = labels.clone()
+    labels[4] = 7
+    with pytest.raises(BatchError, match="position 4 of the batch is 7, which is not"):
+        made(kind, problem).fit([(inputs, labels)]).score([problem.targets])
+
+
+class Flipping(nn.Module):
+    """Writes to its inputs, and not the same every time."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs.neg_()
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_inputs_are_not_written_to(kind: Any) -> None:
+    problem = classification(nn.Sequential(Flipping(), nn.Linear(4, 3)), 4)
+    before = problem.train[0].clone()
+    method = made(kind, problem, damping=0.5).fit([problem.train])
+    found = method.score([problem.targets])
+    torch.testing.assert_close(problem.train[0], before, rtol=0, atol=0)
+    plain = classification(nn.Linear(4, 3), 4)
+    plain.checkpoints = [
+        {key[2:]: value for key, value in state.items()}
+        for state in problem.checkpoints
+    ]
+    flipped = tuple(
+        (-inputs, labels) for inputs, labels in (plain.train, plain.targets)
+    )
+    expected = made(kind, plain, damping=0.5).fit([flipped[0]]).score([flipped[1]])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_bytes": 0}, "max_bytes must be at least 1"),
+        ({"max_bytes": math.nan}, "max_bytes must be a whole number; got nan"),
+        ({"seed": 0.5}, "seed must be a whole number"),
+        ({"damping": "auto"}, "damping must be at least 0 and finite, got 'auto'"),
+        ({"damping": math.nan}, "damping must be at least 0 and finite, got nan"),
+        ({"multiple": "1"}, "multiple must be positive and finite, got '1'"),
+        ({"train_inds": [[[0, 1], [2]]]}, r"train_inds\[0\] is object of shape \(2,\)"),
+    ],
+)
+def test_options_of_all(untyped: Any, kind: Any, options: Any, message: str) -> None:
+    problem = make()
+    with pytest.raises(OptionError, match=message):
+        made(kind, problem, **options).fit([problem.train])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (InfluenceFunction, {"max_iterations": 1.5}),
+        (InfluenceFunction, {"depth": 2.5}),
+        (InfluenceFunction, {"repeats": 1.5}),
+        (Arnoldi, {"rank": 10.0}),
+        (Arnoldi, {"keep": True}),
+    ],
+)
+def test_counts_are_whole_numbers(untyped: Any, kind: Any, options: Any) -> None:
+    with pytest.raises(
+        OptionError, match=f"{next(iter(options))} must be a whole numb"
+    ):
+        made(kind, make(), **options)
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "error", "message"),
+    [
+        ({"weight": torch.ones(1)}, CheckpointError, r"such as \[state_dict\]"),
+        (iter([{}]), OptionError, "got list_iterator; pass a list"),
+        (None, OptionError, "got NoneType; pass a list"),
+        ((), NoCheckpointError, "checkpoints is empty"),
+    ],
+)
+def test_checkpoints_are_a_sequence(
+    untyped: Any, checkpoints: Any, error: Any, message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        check_checkpoints(checkpoints)
+    problem = make()
+    problem.checkpoints = checkpoints
+    for kind in EVERY:
+        with pytest.raises(error, match=message):
+            made(kind, problem)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            lambda model, batch: cross_entropy(
+                model(batch[0]), batch[1], reduction="none"
+            ),
+            r"loss gave shape \(11,\); return the mean",
+        ),
+        (lambda model, batch: None, "loss gave NoneType; return the mean"),
+        (
+            lambda model, batch: model(batch[0]).detach().mean(),
+            "loss does not depend on the selected parameters",
+        ),
+        (
+            TrainingLoss(
+                lambda model, batch: (model(batch[0]),), lambda out, batch: out
+            ),
+            r"outputs of a TrainingLoss gave tuple for 11 .*shape \(11, ...\)",
+        ),
+    ],
+)
+def test_losses_that_are_none(untyped: Any, loss: Any, message: str) -> None:
+    problem = make()
+    method = made(
+        InfluenceFunction, problem, loss=loss, curvature="hessian", damping=1.0
+    )
+    with pytest.raises(TaskError, match=message):
+        scores(method, problem, step=100)
+
+
+def test_split_losses_depend_on_the_parameters(untyped: Any) -> None:
+    problem = make()
+    for outputs, losses, message in [
+        (
+            lambda model, batch: model(batch[0]).detach(),
+            lambda out, batch: out.square().sum(1),
+            "outputs of the TrainingLoss do not depend",
+        ),
+        (
+            lambda model, batch: model(batch[0]),
+            lambda out, batch: out.detach().square().sum(1),
+            "losses of the TrainingLoss do not depend",
+        ),
+    ]:
+        loss = TrainingLoss(outputs, losses)
+        with pytest.raises(TaskError, match=message):
+            scores(made(InfluenceFunction, problem, loss=loss), problem)
+    plain = lambda model, batch: model(batch[0]).square().mean()  # noqa: E731
+    with pytest.raises(OptionError, match="factors need the loss split"):
+        made(EKFAC, problem, loss=plain)
+
+
+def test_losses_that_are_infinite() -> None:
+    problem = make()
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch[0]).mean() / torch.zeros(1, dtype=torch.float64)[0]
+
+    method = made(InfluenceFunction, problem, loss=loss, curvature="hessian")
+    with pytest.raises(NonFiniteError, match="mean loss of a training batch is"):
+        scores(method, problem)
+    roots = TrainingLoss(
+        lambda model, batch: model(batch[0]) * 0.0,
+        lambda out, batch: out.abs().sqrt().sum(1),
+    )
+    with pytest.raises(NonFiniteError, match="a second derivative is not, or overflow"):
+        scores(made(InfluenceFunction, problem, loss=roots), problem)
+
+
+@pytest.mark.parametrize("kind", ["ggn", "hessian"])
+def test_a_linear_loss_has_no_curvature(kind: str) -> None:
+    problem = logistic()
+    loss = TrainingLoss(
+        lambda model, batch: model(batch[0]), lambda out, batch: out.sum(1)
+    )
+    options = {"loss": loss, "curvature": kind}
+    found = scores(made(InfluenceFunction, problem, damping=0.5, **options), problem)
+    train = problem.gradients(problem.checkpoints[0], problem.train, problem.n)
+    targets = problem.gradients(problem.checkpoints[0], problem.targets, problem.m)
+    weights = problem.out_to_loss(problem.checkpoints[0])[:, None]
+    assert_scores(found, weights * (train @ targets.T) / 0.5)
+    with pytest.raises(OptionError, match="the trace of the curvature at checkpoint 0"):
+        scores(made(InfluenceFunction, problem, **options), problem)
+    with pytest.raises(SingularKernelError, match="the damping 0 sum to zero"):
+        scores(made(Arnoldi, problem, rank=4, **options), problem)
+
+
+def test_convergence_is_of_the_last_scores() -> None:
+    problem = make(checkpoints=2)
+    method = made(InfluenceFunction, problem).fit([problem.train])
+    for _ in range(2):
+        method.score([problem.targets])
+        assert [it.checkpoint for it in method.convergence] == [0, 1]
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_checkpoints_stay_what_they_are(kind: Any) -> None:
+    problem = make(checkpoints=2)
+    method = made(kind, problem).fit([problem.train])
+    problem.checkpoints[1]["0.bias"] += 1
+    with pytest.raises(
+        CheckpointError, match="checkpoint 1 has other weights than when"
+    ):
+        method.score([problem.targets])
+    again = method.fit([problem.train]).score([problem.targets])
+    np.testing.assert_array_equal(
+        again, made(kind, problem).fit([problem.train]).score([problem.targets])
+    )
+
+
+def test_scores_that_overflow_are_refused() -> None:
+    problem = logistic()
+    problem.train[0][:] *= 1e25
+    problem.targets[0][:] *= 1e25
+    method = made(EKFAC, problem, damping=1e-5).fit([problem.train])
+    method._factors[0]["weight"].eigenvalues.zero_()  # for products of 1e55
+    with pytest.raises(
+        NonFiniteError, match="or the score overflows float32"
+    ) as caught:
+        method.score([problem.targets])
+    assert caught.value.index is not None
+
+
+def test_residuals_are_of_the_solutions() -> None:
+    """In float32 the recurrence believes in a smaller one."""
+    basis = torch.linalg.qr(draw(120, 120, seed=1))[0]
+    values = torch.logspace(-7, 0, 120, dtype=torch.float64)
+    matrix = (basis * values) @ basis.T
+    right = draw(2, 120, seed=2).float()
+    single = matrix.float()
+    found = conjugate_gradients(
+        lambda rows: rows @ single, right, tolerance=1e-3, max_iterations=800
+    )
+    left = found.rows.double() @ matrix - right.double()
+    shares = left.norm(dim=1) / right.double().norm(dim=1)
+    assert (shares > 1e-2).all()
+    torch.testing.assert_close(found.residuals, shares, rtol=0.1, atol=0)
+
+
+def rank_deficient(n: int = 3) -> tuple[Any, Any, Any, Tensor]:
+    """Fewer examples than inputs: a regression whose curvature has no inverse."""
+    inputs, labels = draw(n, 6, seed=11), draw(n, seed=12)
+    targets = draw(2, 6, seed=13), draw(2, seed=14)
+    weight = draw(1, 6, seed=15)
+    inverse = torch.linalg.pinv(inputs.T @ inputs / n)
+    residuals = labels - inputs @ weight[0]
+    expected = residuals[:, None] * (inputs @ inverse @ targets[0].T)
+    return {"weight": weight}, (inputs, labels), targets, expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ekfac_without_damping_is_a_pseudo_inverse(dtype: torch.dtype) -> None:
+    state, train, targets, expected = rank_deficient()
+    model = nn.Linear(6, 1, bias=False).to(dtype)
+    state, train, targets = (
+        {"weight": state["weight"].to(dtype)},
+        tuple(part.to(dtype) for part in train),
+        tuple(part.to(dtype) for part in targets),
+    )
+    method = EKFAC(model, "regression", [state], damping=0.0, fisher="exact")
+    found = method.fit([train]).score([targets])
+    rtol = 1e-6 if dtype == torch.float64 else 1e-3
+    assert_scores(torch.from_numpy(found).double(), expected, rtol)
+
+
+def test_a_singular_curvature_without_damping_is_an_error() -> None:
+    state, train, targets, _ = rank_deficient()
+    model = nn.Linear(6, 1, bias=False).double()
+    arguments = model, "regression", [state]
+    full = Arnoldi(*arguments, rank=6, keep=6, damping=0.0).fit([train])
+    with pytest.raises(
+        SingularKernelError, match="pass a larger damping, or a smaller"
+    ):
+        full.score([targets])
+    exact = InfluenceFunction(*arguments, damping=0.0, tolerance=1e-9).fit([train])
+    with pytest.raises(ConvergenceError, match="pass a larger damping"):
+        exact.score([targets])
+    # What is kept has an inverse, and the training gradients lie in it.
+    inputs = train[0] @ train[0].T @ train[0]  # in the span of the training set
+    kept = Arnoldi(*arguments, rank=6, keep=3, damping=0.0).fit([train])
+    found = torch.from_numpy(kept.score([(inputs, train[1])])).double()
+    residuals = train[1] - train[0] @ state["weight"][0]
+    inverse = torch.linalg.pinv(train[0].T @ train[0] / 3)
+    assert_scores(found, residuals[:, None] * (train[0] @ inverse @ inputs.T))
+
+
+class Idle(nn.Module):
+    """A layer that nothing depends on, and one that is never called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, 4)
+        self.ignored = nn.Linear(4, 2)
+        self.unused = nn.Linear(2, 2)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(inputs))
+        self.ignored(hidden)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize("damping", [None, 0.0, 0.1])
+def test_layers_without_effect_change_no_score(damping: float | None) -> None:
+    problem = classification(Idle(), 4)
+    every = made(EKFAC, problem, damping=damping)
+    found = scores(every, problem)
+    assert every.coverage == 1.0
+    some = made(EKFAC, problem, damping=damping, grad_wrt=["body.*", "head.*"])
+    assert_scores(found, scores(some, problem))

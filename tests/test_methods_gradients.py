@@ -18,6 +18,7 @@ from tests.problems import Problem, assert_scores, draw
 from trak import TRAKer
 from trak.errors import (
     BatchError,
+    CheckpointError,
     NoCheckpointError,
     NonFiniteError,
     OptionError,
@@ -466,12 +467,67 @@ def test_loaders_that_shuffle_are_refused(tmp_path, fewer):
 
 @pytest.mark.parametrize("kind", [TracIn, GAS])
 @pytest.mark.parametrize(
-    "rates", [[0.1], [0.1, 0.2, 0.3], 0.0, -1.0, [0.1, math.nan], math.inf, ["a", "b"]]
+    "rates",
+    [
+        [0.1],
+        [0.1, 0.2, 0.3],
+        0.0,
+        -1.0,
+        [0.1, math.nan],
+        math.inf,
+        ["a", "b"],
+        "12",
+        [1, "2"],
+        None,
+        True,
+        2 + 1j,
+        [[0.1], [0.2]],
+        [[0.1], [0.2, 0.3]],
+        torch.ones(2, 1),
+    ],
 )
 def test_learning_rates_are_one_a_checkpoint(tmp_path, untyped, kind, rates):
     shared = gradients(problem(), tmp_path)
     with pytest.raises(OptionError, match="do not fit 2 checkpoints; pass a positive"):
         kind(shared, rates)
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        np.float32(0.5),
+        np.array(0.5),
+        torch.tensor(0.5),
+        torch.tensor([0.5, 0.5]),
+        np.array([0.5, 0.5], dtype=np.float16),
+        [torch.tensor(0.5), np.float32(0.5)],
+    ],
+)
+def test_learning_rates_of_any_numeric_type(tmp_path, untyped, rates):
+    found = problem()
+    shared = gradients(found, tmp_path).fit([found.train])
+    expected = TracIn(shared, 0.5).score([found.targets])
+    np.testing.assert_array_equal(
+        TracIn(shared, rates).score([found.targets]), expected
+    )
+
+
+def test_empty_batches_count_for_nothing(tmp_path):
+    found = problem()
+    whole = cut(found.train, 4)
+    expected = GradientDot(gradients(found, tmp_path / "a")).fit(whole)
+    empty = tuple(part[:0] for part in found.train)
+    method = GradientDot(gradients(found, tmp_path / "b")).fit([empty, *whole, empty])
+    np.testing.assert_array_equal(
+        method.score([empty, found.targets]), expected.score([found.targets])
+    )
+
+
+def test_one_state_dict_is_no_list_of_them(tmp_path, untyped):
+    found = problem()
+    found.checkpoints = found.checkpoints[0]
+    with pytest.raises(CheckpointError, match=r"such as \[state_dict\]"):
+        gradients(found, tmp_path)
 
 
 def test_scores_that_overflow_are_refused(tmp_path):

@@ -14,9 +14,11 @@ from tests.contracts.method_contract import MethodContract, cut, problem
 from tests.problems import Problem, assert_scores, draw
 from trak.errors import (
     BatchError,
+    CheckpointError,
     NoCheckpointError,
     NonFiniteError,
     OptionError,
+    OrderError,
     TaskError,
     UnknownNameError,
 )
@@ -248,6 +250,91 @@ def test_features_are_finite():
     with pytest.raises(NonFiniteError, match="example 7 of train are not") as caught:
         method.fit(cut(found.train, 3))
     assert caught.value.index == 7
+
+
+def test_features_and_products_fit_float32():
+    found = problem(checkpoints=1)
+    layer = lambda model, batch: batch[0]  # noqa: E731
+    found.train[0][7, 2] = 1e39  # finite in the model's float64
+    for metric in ("cosine", "dot", "l2"):
+        method = RepresentationSimilarity(found.model, found.checkpoints, layer, metric)
+        with pytest.raises(
+            NonFiniteError, match="example 7 of train are not finite in"
+        ):
+            method.fit([found.train])
+    found.train[0][7, 2] = 1e30
+    large = found.train[0][7:8], found.train[1][7:8]
+    dot = RepresentationSimilarity(found.model, found.checkpoints, layer, "dot")
+    with pytest.raises(NonFiniteError, match="overflows float32; pass metric='cosine'"):
+        dot.fit([found.train]).score([large])
+    cosine = RepresentationSimilarity(found.model, found.checkpoints, layer)
+    assert cosine.fit([found.train]).score([large])[7] == 1
+
+
+def test_a_fit_that_fails_leaves_nothing_to_score_with():
+    found = problem()
+    method = RepresentationSimilarity(found.model, found.checkpoints).fit([found.train])
+    broken = found.train[0].clone()
+    broken[7, 2] = torch.nan
+    with pytest.raises(NonFiniteError, match="example 7 of train"):
+        method.fit([(broken, found.train[1])])
+    with pytest.raises(OrderError, match="fit it first"):
+        method.score([found.targets])
+
+
+def test_loaders_that_shuffle_are_refused():
+    """Features of several checkpoints would be of different examples."""
+    found = problem()
+
+    def loader(batch):
+        return torch.utils.data.DataLoader(
+            torch.utils.data.TensorDataset(*batch),
+            batch_size=4,
+            shuffle=True,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    method = RepresentationSimilarity(found.model, found.checkpoints)
+    with pytest.raises(BatchError, match="train gave other examples, or another order"):
+        method.fit(loader(found.train))
+    method.fit([found.train])
+    with pytest.raises(BatchError, match="targets gave other examples"):
+        method.score(loader(found.targets))
+
+
+def test_inputs_are_not_written_to():
+    found = problem()
+    before = found.train[0].clone()
+    layer = lambda model, batch: batch[0].neg_()  # noqa: E731
+    method = RepresentationSimilarity(found.model, found.checkpoints, layer, "dot")
+    scores = method.fit([found.train]).score([found.train])
+    torch.testing.assert_close(found.train[0], before, rtol=0, atol=0)
+    assert_scores(torch.from_numpy(scores), before @ before.T, 1e-5)
+
+
+def test_empty_batches_count_for_nothing():
+    found = problem()
+    empty = tuple(part[:0] for part in found.train)
+    method = RepresentationSimilarity(found.model, found.checkpoints)
+    expected = method.fit([found.train]).score([found.targets])
+    scores = method.fit([empty, found.train]).score([found.targets, empty])
+    np.testing.assert_array_equal(scores, expected)
+
+
+def test_checkpoints_stay_what_they_are():
+    found = problem()
+    method = RepresentationSimilarity(found.model, found.checkpoints).fit([found.train])
+    found.checkpoints[1]["0.bias"] += 1
+    with pytest.raises(
+        CheckpointError, match="checkpoint 1 has other weights than when"
+    ):
+        method.score([found.targets])
+
+
+def test_one_state_dict_is_no_list_of_them(untyped):
+    found = problem()
+    with pytest.raises(CheckpointError, match=r"such as \[state_dict\]"):
+        RepresentationSimilarity(found.model, found.checkpoints[0])
 
 
 @pytest.mark.parametrize("layer", [None, "bert.encoder.layer.0"])

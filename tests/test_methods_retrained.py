@@ -238,6 +238,52 @@ def test_options_of_datamodels():
     assert Datamodels(bank, alpha=0.1).scores.shape == (6, 2)
 
 
+@pytest.mark.parametrize("value", ["0.1", np.array([0.1, 0.2])])
+def test_a_penalty_is_one_number(untyped, value):
+    with pytest.raises(OptionError, match=r"alpha=.* is no penalty"):
+        Datamodels(of_training_set(M), value)
+
+
+@pytest.mark.parametrize("s", [1, 12])
+@pytest.mark.parametrize("penalty", ["lasso", "ridge"])
+def test_subsets_that_are_all_the_same_say_nothing(s, penalty):
+    masks = np.repeat(random_subsets(7, 1, seed=3), s, axis=0)
+    outputs = np.random.default_rng(0).standard_normal((s, 1, 2))
+    with pytest.raises(OptionError, match=rf"the bank's {s} subsets are all the same"):
+        Datamodels(GroundTruth(masks, outputs), 0.1, penalty)
+
+
+@pytest.mark.parametrize("size", [1e40, 1e200])
+def test_outputs_that_overflow_are_refused(size):
+    bank, _ = linear_truth(n=12, s=30, m=2, noise=0.1)
+    for kind in (EmpiricalInfluence, Datamodels):
+        with pytest.raises(
+            NonFiniteError, match="has an output that overflows float32"
+        ):
+            kind(GroundTruth(bank.masks, bank.outputs * size))
+
+
+def test_scores_that_overflow_are_refused():
+    masks = np.array([[True, False], [False, True]])
+    method = EmpiricalInfluence(GroundTruth(masks, np.array([[[3e38]], [[-3e38]]])))
+    with pytest.raises(NonFiniteError, match="influence scores overflow float32"):
+        _ = method.scores
+
+
+def test_a_bank_is_a_bank(untyped):
+    for kind in (EmpiricalInfluence, Datamodels):
+        with pytest.raises(OptionError, match="bank is a tuple; pass a GroundTruth"):
+            kind((np.ones((3, 2), dtype=bool), np.ones((3, 1, 2))))
+
+
+def test_scores_that_are_kept_cannot_be_written_to():
+    method = EmpiricalInfluence(of_training_set(M))
+    with pytest.raises(ValueError, match="read-only"):
+        method.scores[0, 0] = 1.0
+    batch = np.zeros((M, 2)), np.zeros(M)
+    method.score([batch])[0, 0] = 1.0  # a copy
+
+
 def test_without_scikit_learn(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
     with pytest.raises(BackendError, match=r"pip install trak\[methods\]"):

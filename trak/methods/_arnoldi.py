@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from trak._options import integer, positive
 from trak._types import GradWrt
-from trak.errors import OptionError
-from trak.methods._choices import check_above_zero, parse_name
+from trak.errors import OptionError, SingularKernelError
+from trak.methods._choices import parse_name
 from trak.methods._curvature import Curvature, CurvatureProducts
 from trak.methods._curvature_loss import MeanLoss, TrainingLoss, loss_of_task
 from trak.methods._curvature_method import CurvatureMethod, Members
 from trak.methods._solvers import lanczos
 from trak.modelout_functions import AbstractModelOutput
+
+_ROUNDING = 100
+"""Of the largest eigenvalue, in units of its type: what rounding makes of zero."""
 
 
 class Arnoldi(CurvatureMethod):
@@ -89,15 +94,15 @@ class Arnoldi(CurvatureMethod):
             max_bytes=max_bytes,
         )
         kind = parse_name("curvature", curvature, Curvature)
-        keep = max(1, rank // 2) if keep is None else keep
-        check_above_zero(rank=rank, keep=keep)
+        rank = positive("rank", rank)
+        keep = max(1, rank // 2) if keep is None else positive("keep", keep)
         if keep > rank:
             raise OptionError(
                 f"keep={keep} eigenpairs cannot come of rank={rank}; pass a larger rank."
             )
         loss = loss_of_task(self.task) if loss is None else loss
         self._curvature = CurvatureProducts(model, self._computer.selection, loss, kind)
-        self._rank, self._keep, self._seed = rank, keep, seed
+        self._rank, self._keep, self._seed = rank, keep, integer("seed", seed)
         self.eigenvalues: list[Float[Tensor, " k"]] = []
         self._vectors: list[Float[Tensor, "k d"]] = []
         self._train_rows: list[Float[Tensor, "n k"]] = []
@@ -123,5 +128,14 @@ class Arnoldi(CurvatureMethod):
         damping = self._damping
         if damping is None:
             damping = self._multiple * float(values.abs().mean())
-        projected = rows @ self._vectors[c].T / (values + damping)
+        damped = values + damping
+        closest = int(damped.abs().argmin())
+        rounding = _ROUNDING * torch.finfo(values.dtype).eps
+        if float(damped[closest].abs()) <= rounding * float(values.abs().max()):
+            raise SingularKernelError(
+                f"the eigenvalue {float(values[closest]):.2g} at checkpoint {c} and the "
+                f"damping {damping:.2g} sum to zero, which has no inverse; pass a larger "
+                f"damping, or a smaller keep."
+            )
+        projected = rows @ self._vectors[c].T / damped
         return self._train_rows[c] @ projected.T

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from trak._batches import batch_size
+from trak._batches import batch_size, copied, describe_value
 from trak._params import Selection
 from trak._types import Batch
-from trak.errors import OptionError
+from trak.errors import NonFiniteError, OptionError, TaskError
 from trak.methods._curvature_loss import MeanLoss, TrainingLoss
 
 
@@ -99,12 +99,24 @@ class CurvatureProducts:
 
         Returns:
             The products. Shape ``(k, d)``.
+
+        Raises:
+            NonFiniteError: If one is not finite, though the vectors are.
+            TaskError: If the loss is not a loss of these parameters.
         """
         product = self._ggn if self._kind is Curvature.GGN else self._hessian
+        batch = copied(batch)  # for models that write to their inputs
         # Fused attention has no second derivative.
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             made = [torch.cat(list(it)) for it in product(batch, self._split(rows))]
-        return torch.stack(made) if made else torch.zeros_like(rows)
+        found = torch.stack(made) if made else torch.zeros_like(rows)
+        if not torch.isfinite(found).all() and torch.isfinite(rows).all():
+            raise NonFiniteError(
+                "the curvature of the training loss has a NaN or an infinity, though the "
+                "model's outputs are finite: a second derivative is not, or overflows. "
+                "Compute in a wider type, or pass another loss."
+            )
+        return found
 
     def _split(self, rows: Tensor) -> list[list[Tensor]]:
         pieces = zip(*torch.split(rows, self._sizes, dim=1), strict=True)
@@ -118,10 +130,18 @@ class CurvatureProducts:
         if not isinstance(loss, TrainingLoss):
             return
         b = batch_size(batch)
-        outputs = loss.outputs(self._model, batch)
+        outputs = loss.call(self._model, batch)
+        if not outputs.requires_grad:
+            raise TaskError(
+                "outputs of the TrainingLoss do not depend on the selected parameters; "
+                "call the model, and do not detach what it returns."
+            )
         leaf = outputs.detach().requires_grad_()
         mean = loss.of_outputs(leaf, batch).sum() / b
-        (slope,) = torch.autograd.grad(mean, leaf, create_graph=True)
+        slope = _slope(mean, leaf)
+        if not slope.requires_grad:  # a loss that is linear in the outputs
+            yield from (iter(map(torch.zeros_like, v)) for v in _flat(vectors))
+            return
         # J'u is linear in u, so its derivative along a vector v is J v.
         u = torch.zeros_like(outputs, requires_grad=True)
         pulled = self._gradients(outputs, u, create_graph=True)
@@ -144,9 +164,12 @@ class CurvatureProducts:
     ) -> Iterator[Iterator[Tensor]]:
         loss = self._loss
         mean_loss = loss.mean if isinstance(loss, TrainingLoss) else loss
-        mean = mean_loss(self._model, batch)
+        mean = _scalar(mean_loss(self._model, batch))
         slopes = self._gradients(mean, torch.ones_like(mean), create_graph=True)
         reached = [i for i, it in enumerate(slopes) if it.requires_grad]
+        if not reached:  # a loss that is linear in the parameters
+            yield from (iter(map(torch.zeros_like, v)) for v in _flat(vectors))
+            return
         for vector in vectors:
             made = torch.autograd.grad(
                 [slopes[i] for i in reached],
@@ -170,3 +193,40 @@ class CurvatureProducts:
             allow_unused=True,
             materialize_grads=True,
         )
+
+
+def _flat(vectors: list[list[Tensor]]) -> Iterator[list[Tensor]]:
+    return ([piece.reshape(-1) for piece in vector] for vector in vectors)
+
+
+def _slope(mean: Tensor, outputs: Tensor) -> Tensor:
+    """Differentiate a mean loss by the outputs."""
+    if mean.requires_grad:
+        (slope,) = torch.autograd.grad(
+            mean, outputs, create_graph=True, materialize_grads=True
+        )
+        return slope
+    raise TaskError(
+        "losses of the TrainingLoss do not depend on the outputs; compute them from "
+        "their first argument, and do not detach it."
+    )
+
+
+def _scalar(value: object) -> Float[Tensor, ""]:
+    """Refuse a mean loss that is none."""
+    if not isinstance(value, Tensor) or value.ndim:
+        raise TaskError(
+            f"loss gave {describe_value(value)}; return the mean over the batch, one "
+            f"number of shape (), for a loss of PyTorch with reduction='mean'."
+        )
+    if not value.requires_grad:
+        raise TaskError(
+            "loss does not depend on the selected parameters; call the model, and do not "
+            "detach what it returns."
+        )
+    if not torch.isfinite(value):
+        raise NonFiniteError(
+            f"the mean loss of a training batch is {float(value.detach())}; leave such examples "
+            f"out, or compute in a wider type."
+        )
+    return value

@@ -14,7 +14,7 @@ from torch.nn import Module
 
 from trak._batches import batch_size, describe_value
 from trak._types import Batch
-from trak.errors import OptionError, TaskError
+from trak.errors import NonFiniteError, OptionError, TaskError
 from trak.modelout_functions import (
     AbstractModelOutput,
     BinaryClassificationModelOutput,
@@ -26,6 +26,7 @@ from trak.modelout_functions import (
     TextClassificationModelOutput,
 )
 from trak.modelout_functions._calls import call_for_logits, split_labels
+from trak.modelout_functions._margins import check_class_labels
 
 MeanLoss = Callable[[Module, Batch], Tensor]
 """``(model, batch) -> ()``, the mean loss of a batch."""
@@ -164,7 +165,37 @@ class TrainingLoss:
         Returns:
             The mean. Shape ``()``.
         """
-        return self.of_outputs(self.outputs(model, batch), batch).mean()
+        return self.of_outputs(self.call(model, batch), batch).mean()
+
+    def call(self, model: Module, batch: Batch) -> Float[Tensor, "b ..."]:
+        """Call the model, and check what it gave.
+
+        Args:
+            model: The model.
+            batch: The examples.
+
+        Returns:
+            The outputs. Shape ``(b, ...)``.
+
+        Raises:
+            TaskError: If they are not one tensor with a row for each example.
+            NonFiniteError: If one is NaN or infinite.
+        """
+        outputs: object = self.outputs(model, batch)
+        b = batch_size(batch)
+        if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != b:
+            raise TaskError(
+                f"outputs of a TrainingLoss gave {describe_value(outputs)} for {b} "
+                f"examples; return one tensor with a row for each, shape ({b}, ...)."
+            )
+        is_bad = ~torch.isfinite(outputs).reshape(b, -1).all(dim=1)
+        if is_bad.any():
+            row = int(is_bad.nonzero()[0])
+            raise NonFiniteError(
+                f"the model's output for row {row} of a training batch is NaN or "
+                f"infinite; leave the example out, or compute in a wider type."
+            )
+        return outputs
 
     def of_outputs(
         self, outputs: Float[Tensor, "b ..."], batch: Batch
@@ -237,7 +268,9 @@ def _softmax_loss(task: AbstractModelOutput) -> TrainingLoss:
         return call_for_logits(model, None, None, task._split(batch))  # type: ignore[attr-defined]
 
     def losses(logits: Tensor, batch: Batch) -> Tensor:
-        labels = task._split(batch).labels.long()  # type: ignore[attr-defined]
+        labels = task._split(batch).labels  # type: ignore[attr-defined]
+        check_class_labels(labels, logits)
+        labels = labels.long()
         return F.cross_entropy(logits / temperature, labels, reduction="none")
 
     temperature = float(getattr(task, "loss_temperature", 1.0))

@@ -11,13 +11,20 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor, nn
 
-from trak._batches import batch_size, canonical, rebuild, row_leaves
+from trak._batches import batch_size, canonical, copied, rebuild, row_leaves
 from trak._checkpoints import load_weights
+from trak._options import positive
 from trak._params import flatten_rows
 from trak._types import Batch, GradWrt
-from trak.errors import NoCheckpointError, NonFiniteError, OptionError, OrderError
+from trak.errors import NonFiniteError, OptionError, OrderError
 from trak.gradient_computers import HookGradientComputer
 from trak.methods._base import Method
+from trak.methods._choices import (
+    check_above_zero,
+    check_checkpoints,
+    check_not_negative,
+    check_unchanged,
+)
 from trak.methods._data import Contents, checked, read_contents
 from trak.methods._gradient_products import gradient_products
 from trak.modelout_functions import AbstractModelOutput, resolve_task
@@ -48,16 +55,10 @@ class CurvatureMethod(Method):
         train_inds: Sequence[Members | None] | None,
         max_bytes: int,
     ) -> None:
-        if len(checkpoints) == 0:
-            raise NoCheckpointError("checkpoints is empty; pass at least one.")
-        if damping is not None and not 0 <= damping < float("inf"):
-            raise OptionError(
-                f"damping must be at least 0 and finite, got {damping!r}."
-            )
-        if not 0 < multiple < float("inf"):
-            raise OptionError(
-                f"multiple must be positive and finite, got {multiple!r}."
-            )
+        check_checkpoints(checkpoints)
+        if damping is not None:
+            check_not_negative("damping", damping)
+        check_above_zero(multiple=multiple)
         if train_inds is not None and len(train_inds) != len(checkpoints):
             raise OptionError(
                 f"train_inds is for {len(train_inds)} checkpoints and there are "
@@ -67,10 +68,12 @@ class CurvatureMethod(Method):
         self._model, self._checkpoints = model, checkpoints
         self._damping, self._multiple = damping, multiple
         self._train_inds = train_inds
-        self._max_bytes = max_bytes
+        self._max_bytes = positive("max_bytes", max_bytes)
         self._computer = HookGradientComputer(model, self.task, grad_wrt=grad_wrt)
         self._train: Iterable[Batch] = ()
         self._contents: Contents | None = None
+        self._is_fitted = False
+        self._weights: dict[int, str] = {}
         self._n = 0
 
     def fit(self: C, train: Iterable[Batch]) -> C:
@@ -86,15 +89,18 @@ class CurvatureMethod(Method):
             BatchError: If there are no examples, or they are not the same whenever they
                 are gone through.
             OptionError: If ``train_inds`` do not fit the number of examples.
+            NonFiniteError: If the curvature is not finite.
         """
-        self._contents = None  # in case of an error below
+        self._is_fitted = False  # in case of an error below
         contents = read_contents(train, "train")
         self._train, self._n = train, contents.size
         self._contents = contents
         self._members = [self._parse_members(c) for c in range(len(self._checkpoints))]
+        self._weights = {}
         self._begin()
         for c in self._load_each():
             self._fit_checkpoint(c)
+        self._is_fitted = True
         return self
 
     def score(self, targets: Iterable[Batch]) -> Float32[np.ndarray, "n m"]:
@@ -110,9 +116,11 @@ class CurvatureMethod(Method):
             OrderError: If the method was not fitted.
             BatchError: If there are no targets, or batches are not the same whenever
                 they are gone through.
-            NonFiniteError: If a score is not finite, with the training example's index.
+            CheckpointError: If a checkpoint has other weights than in ``fit``.
+            NonFiniteError: If a target's gradient is not finite, with its index, or a
+                score, with the training example's.
         """
-        if self._contents is None:
+        if not self._is_fitted:
             raise OrderError(
                 f"{type(self).__name__} has no training set to score; fit it first."
             )
@@ -123,13 +131,15 @@ class CurvatureMethod(Method):
             weights = self._out_to_loss()
             for low, rows in self._tiles(targets, found_targets):
                 found = weights * self._products(c, rows)
-                total[:, low : low + len(rows)] += found.cpu().numpy()
+                with np.errstate(over="ignore"):  # it is an error below
+                    total[:, low : low + len(rows)] += found.cpu().numpy()
         total /= len(self._checkpoints)
         if not np.isfinite(total).all():
             index = int(np.flatnonzero(~np.isfinite(total).all(axis=1))[0])
             raise NonFiniteError(
-                f"a score of training example {index} is not finite; its model output, or "
-                f"a target's, overflows.",
+                f"a score of training example {index} is not finite: its model output or "
+                f"its gradient is not, or the score overflows float32. Leave the example "
+                f"out, or pass a larger damping.",
                 index=index,
             )
         return total
@@ -149,7 +159,8 @@ class CurvatureMethod(Method):
 
     def _load_each(self) -> Iterator[int]:
         for c, checkpoint in enumerate(self._checkpoints):
-            load_weights(self._model, checkpoint)
+            weights = load_weights(self._model, checkpoint)
+            check_unchanged(c, self._weights.setdefault(c, weights), weights)
             self._computer.load_model_params(self._model)
             yield c
 
@@ -157,7 +168,10 @@ class CurvatureMethod(Method):
         given = None if self._train_inds is None else self._train_inds[c]
         if given is None:
             return None
-        found = np.asarray(given)
+        try:
+            found = np.asarray(given)
+        except ValueError:  # rows of different lengths
+            found = np.asarray(given, dtype=object)
         if found.dtype == np.bool_ and found.shape == (self._n,):
             found = np.flatnonzero(found)
         fits = found.ndim == 1 and found.size and found.dtype.kind in "iu"
@@ -197,7 +211,11 @@ class CurvatureMethod(Method):
         return self._n if members is None else len(members)
 
     def _out_to_loss(self) -> Float[Tensor, "n 1"]:
-        rows = [self._computer.compute_loss_grad(batch) for batch in self._batches()]
+        rows = [
+            # A copy, for models that write to their inputs.
+            self._computer.compute_loss_grad(copied(batch))
+            for batch in self._batches()
+        ]
         return torch.cat(rows)
 
     def _signs(self, k: int, seed: int) -> Float[Tensor, "k d"]:
@@ -241,9 +259,20 @@ class CurvatureMethod(Method):
     def _target_rows(
         self, targets: Iterable[Batch], contents: Contents
     ) -> Iterator[Float[Tensor, "k d"]]:
+        low = 0
         for batch in checked(targets, contents, "targets"):
             for grads in self._computer.per_sample_grad_blocks(canonical(batch)):
-                yield flatten_rows(grads)
+                rows = flatten_rows(grads)
+                bad = (~torch.isfinite(rows).all(dim=1)).nonzero()
+                if len(bad):
+                    index = low + int(bad[0])
+                    raise NonFiniteError(
+                        f"the gradient of target {index} has a NaN or an infinity; look "
+                        f"at that example and the model's output for it.",
+                        index=index,
+                    )
+                yield rows
+                low += len(rows)
 
     def _train_products(self, matrix: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
         """Multiply all training gradients with the rows of a matrix."""

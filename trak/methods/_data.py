@@ -106,7 +106,7 @@ def checked(batches: Iterable[Batch], contents: Contents, what: str) -> Iterator
         what: What they are, for the message.
 
     Yields:
-        Each of them, after seeing that it holds the same.
+        Each that is not empty, after seeing that it holds the same.
 
     Raises:
         BatchError: If they hold something else this time.
@@ -117,7 +117,8 @@ def checked(batches: Iterable[Batch], contents: Contents, what: str) -> Iterator
         high = low + len(digests)
         if not np.array_equal(digests, contents.digests[low:high]):
             raise BatchError(_OTHER.format(what))
-        yield batch
+        if len(digests):
+            yield batch
         low = high
     if low != contents.size:
         raise BatchError(_OTHER.format(what))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from enum import Enum
 from typing import Any, TypeAlias
@@ -12,6 +11,7 @@ from jaxtyping import Bool, Float64
 
 from trak.errors import BackendError, OptionError
 from trak.evaluation import GroundTruth
+from trak.methods._choices import is_above_zero
 from trak.methods._retrained import OfBank
 
 _FOLDS = 5
@@ -66,7 +66,7 @@ class Datamodels(OfBank):
 
     Raises:
         OptionError: If ``alpha`` is not a positive number, ``penalty`` is unknown, or
-            there are fewer than 10 subsets to choose with.
+            there are fewer than 10 subsets to choose with, or all are the same.
         NonFiniteError: If an output is NaN or infinite.
         BackendError: If scikit-learn, which solves the lasso, is not installed.
     """
@@ -88,7 +88,7 @@ class Datamodels(OfBank):
             raise OptionError(
                 f"penalty={penalty!r} is unknown; pass 'lasso' or 'ridge'."
             ) from error
-        if alpha is not None and not 0 < alpha < math.inf:
+        if alpha is not None and not is_above_zero(alpha):
             raise OptionError(
                 f"alpha={alpha!r} is no penalty; pass a positive number, or None to "
                 f"choose it."
@@ -97,6 +97,11 @@ class Datamodels(OfBank):
             raise OptionError(
                 f"{bank.n_subsets} subsets are too few to choose alpha with; retrain on at "
                 f"least {_MIN_SUBSETS}, or pass alpha."
+            )
+        if (bank.masks == bank.masks[0]).all():
+            raise OptionError(
+                f"the bank's {bank.n_subsets} subsets are all the same, so nothing can be "
+                f"compared; retrain on more subsets."
             )
         if self._penalty is Penalty.LASSO:
             _lasso_path()

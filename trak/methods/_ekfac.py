@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trak._batches import batch_size, copied, take
+from trak._options import integer
 from trak._types import Batch, GradWrt
-from trak.errors import GradientError, NonFiniteError, OptionError
+from trak.errors import GradientError, OptionError
 from trak.gradient_computers import HookGradientComputer
 from trak.gradient_computers._copies import Nowhere
 from trak.methods._choices import parse_name
@@ -125,14 +126,20 @@ class EKFAC(CurvatureMethod):
             max_bytes=max_bytes,
         )
         self._fisher = parse_name("fisher", fisher, Fisher)
-        self._loss = loss_of_task(self.task) if loss is None else loss
+        loss = loss_of_task(self.task) if loss is None else loss
+        if not isinstance(loss, TrainingLoss):
+            raise OptionError(
+                "factors need the loss split at the model's outputs; pass "
+                "loss=TrainingLoss(outputs, losses, likelihood)."
+            )
+        self._loss = loss
         if self._loss.likelihood is None and self._fisher is not Fisher.EMPIRICAL:
             raise OptionError(
                 f"labels for fisher={fisher!r} cannot be drawn: the loss has no "
                 f"likelihood. Pass fisher='empirical', or loss=TrainingLoss(outputs, "
                 f"losses, likelihood)."
             )
-        self._seed = seed
+        self._seed = integer("seed", seed)
         self._selected = self._computer
         self.coverage = 0.0
         self._begin()
@@ -140,7 +147,7 @@ class EKFAC(CurvatureMethod):
     def _begin(self) -> None:
         self._computer = self._selected
         self._layers: list[KroneckerLayer] = []
-        self._factors: list[list[Factors]] = []
+        self._factors: list[dict[str, Factors]] = []
 
     # -- fitting ----------------------------------------------------------------------
 
@@ -159,7 +166,8 @@ class EKFAC(CurvatureMethod):
             return add
 
         self._pass(c, generator, add_covariances)
-        names = [it.weight for it in self._layers]
+        # Without the layers that no output depends on: no gradient has entries there.
+        names = [it.weight for it in self._layers if it.weight in slopes]
         dtype = self._computer.sum_dtype
         left = {name: eigenbasis(slopes.pop(name)).to(dtype) for name in names}
         right = {name: eigenbasis(inputs.pop(name)).to(dtype) for name in names}
@@ -178,10 +186,10 @@ class EKFAC(CurvatureMethod):
 
         self._pass(c, generator, add_squares)
         count = self._member_count(c)
-        self._factors.append([
-            Factors(left[name], right[name], (squares[name] / count).to(dtype))
+        self._factors.append({
+            name: Factors(left[name], right[name], (squares[name] / count).to(dtype))
             for name in names
-        ])
+        })
 
     def _choose_layers(self) -> None:
         """Find the layers with factors, after a batch that proves their rules."""
@@ -217,7 +225,7 @@ class EKFAC(CurvatureMethod):
         if self._fisher is not Fisher.EXACT or self._loss.likelihood is None:
             return 1
         with torch.no_grad():
-            outputs = self._loss.outputs(self._model, copied(take(batch, slice(0, 1))))
+            outputs = self._loss.call(self._model, copied(take(batch, slice(0, 1))))
         return len(self._loss.likelihood.roots(outputs))
 
     def _listen(
@@ -231,8 +239,7 @@ class EKFAC(CurvatureMethod):
             torch.enable_grad(),
             listening(self._model, self._layers, batch, take_of) as tape,
         ):
-            outputs = self._loss.outputs(self._model, copied(batch))
-            check_finite(outputs)
+            outputs = self._loss.call(self._model, copied(batch))
             slope = self._slope(outputs, batch, generator, k)
             torch.autograd.backward(outputs, slope)
         if tape.findings:
@@ -263,7 +270,12 @@ class EKFAC(CurvatureMethod):
     def _precondition(self, c: int, rows: Float[Tensor, "k d"]) -> None:
         """Multiply gradients with the inverse curvature, in place: memory is theirs."""
         grads = self._computer.selection.split(rows)
-        for layer, factors in zip(self._layers, self._factors[c], strict=True):
+        for layer in self._layers:
+            factors = self._factors[c].get(layer.weight)
+            if factors is None:  # its curvature is zero, and only the damping is left
+                for name in filter(None, (layer.weight, layer.bias)):
+                    grads[name].mul_(1 / self._damping if self._damping else 0.0)
+                continue
             damping = self._damping
             if damping is None:
                 damping = self._multiple * float(factors.eigenvalues.mean())
@@ -276,22 +288,6 @@ class EKFAC(CurvatureMethod):
             )
             for name, part in layer.part(joined).items():
                 grads[name].copy_(part.view_as(grads[name]))
-
-
-def check_finite(outputs: Tensor) -> None:
-    """Refuse outputs that no label can be drawn from.
-
-    Raises:
-        NonFiniteError: If one is NaN or infinite, with its row.
-    """
-    if not torch.isfinite(outputs).all():
-        row = int(
-            (~torch.isfinite(outputs)).reshape(len(outputs), -1).any(1).nonzero()[0]
-        )
-        raise NonFiniteError(
-            f"the model's output for row {row} of a training batch is NaN or infinite; "
-            f"leave the example out, or compute in a wider type."
-        )
 
 
 def _accumulate(totals: dict[str, Tensor], name: str, value: Tensor) -> None:

@@ -6,6 +6,7 @@ gradient :math:`\nabla_\theta L(z_i; \theta_c) = -Q_{c,i}\, g_c(z_i)`.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
@@ -299,11 +300,16 @@ def scaled_rows(read: RowReader, factors: Float32[Tensor, " n"]) -> RowReader:
 
 
 def _parse_rates(rates: float | Sequence[float], c: int) -> list[float]:
-    found = [rates] * c if isinstance(rates, int | float) else list(rates)
-    try:
-        parsed = [float(rate) for rate in found]
-    except (TypeError, ValueError):
-        parsed = []
+    given: Any = rates
+    if isinstance(given, Tensor):
+        given = given.cpu()
+    parsed: list[float] = []
+    with contextlib.suppress(TypeError, ValueError):
+        # Numbers of NumPy and PyTorch are numbers too; text and truth values are none.
+        found = np.asarray(given if np.ndim(given) == 0 else list(given))
+        if found.dtype.kind in "iuf" and found.ndim < 2:
+            found = found.astype(np.float64)
+            parsed = [float(found)] * c if found.ndim == 0 else found.tolist()
     if len(parsed) != c or not all(0 < rate < math.inf for rate in parsed):
         raise OptionError(
             f"learning_rates={rates!r} do not fit {c} checkpoints; pass a positive number "

@@ -15,6 +15,9 @@ from trak._linalg import spans
 
 _ENTRIES = 1 << 23  # of per-sample gradients that are formed at once
 
+_ROUNDING = 30
+"""What rounding makes of a gradient's zeros: a few units of its largest entry each."""
+
 
 def covariance(values: Float[Tensor, "b t i"]) -> Float[Tensor, "i i"]:
     """Sum the outer products of all positions of all examples.
@@ -109,8 +112,8 @@ def precondition(
         left: :math:`Q_S`. Shape ``(o, o)``.
         right: :math:`Q_A`. Shape ``(i, i)``.
         eigenvalues: :math:`\Lambda \ge 0`. Shape ``(o, i)``.
-        damping: :math:`\lambda`; where it and an eigenvalue are 0 the result is 0, as
-            of a pseudo-inverse.
+        damping: :math:`\lambda`; where it is 0, and an eigenvalue is 0 up to rounding,
+            the result is 0, as of a pseudo-inverse.
 
     Returns:
         The products. Shape ``(b, o, i)``.
@@ -121,5 +124,8 @@ def precondition(
         tensor([[[0.5000, 0.2500]]])
     """
     damped = eigenvalues + damping
-    inverse = torch.where(damped > 0, 1 / torch.where(damped > 0, damped, 1.0), 0.0)
+    # Eigenvalues are mean squares, so what rounding makes of a zero is squared too.
+    zero = (_ROUNDING * torch.finfo(damped.dtype).eps) ** 2 * eigenvalues.max()
+    is_large = damped > (zero if damping == 0 else 0.0)
+    inverse = torch.where(is_large, 1 / torch.where(is_large, damped, 1.0), 0.0)
     return left @ (left.T @ grads @ right * inverse) @ right.T

@@ -13,14 +13,13 @@ import torch
 from jaxtyping import Float, Float32, Float64, Int, Shaped
 from torch import Tensor
 
-from trak._batches import batch_size, canonical, describe_value
+from trak._batches import batch_size, canonical, copied, describe_value
 from trak._checkpoints import load_weights
 from trak._linalg import spans
 from trak._memory import TILE
 from trak._types import Batch, Weights
 from trak.errors import (
     BatchError,
-    NoCheckpointError,
     NonFiniteError,
     OptionError,
     OrderError,
@@ -28,7 +27,8 @@ from trak.errors import (
     UnknownNameError,
 )
 from trak.methods._base import Method
-from trak.methods._data import NO_EXAMPLES, check_repeatable
+from trak.methods._choices import check_checkpoints, check_unchanged
+from trak.methods._data import Contents, checked, read_contents
 
 Layer: TypeAlias = str | Callable[[torch.nn.Module, Batch], Tensor]
 """A module's name, or ``layer(model, batch)`` that gives features, ``(b, k)``."""
@@ -54,6 +54,7 @@ class Metric(str, Enum):
 class _Features:
     """Representations of some examples at one checkpoint."""
 
+    weights: str
     values: Float32[Tensor, "b k"]
     labels: Int[Tensor, " b"] | None
 
@@ -100,8 +101,7 @@ class RepresentationSimilarity(Method):
         *,
         same_label: bool = False,
     ) -> None:
-        if len(checkpoints) == 0:
-            raise NoCheckpointError("checkpoints is empty; pass at least one.")
+        check_checkpoints(checkpoints)
         try:
             self._metric = Metric(metric)
         except ValueError as error:
@@ -129,10 +129,12 @@ class RepresentationSimilarity(Method):
             The method itself.
 
         Raises:
-            BatchError: If there are no examples, or batches are not as above.
+            BatchError: If there are no examples, batches are not as above, or they are
+                not the same whenever they are gone through.
             TaskError: If the layer gives no features.
-            NonFiniteError: If a feature is NaN or infinite.
+            NonFiniteError: If a feature is NaN or infinite, or overflows float32.
         """
+        self._train = None  # in case of an error below
         self._train = self._features(train, "train")
         return self
 
@@ -147,10 +149,13 @@ class RepresentationSimilarity(Method):
 
         Raises:
             OrderError: If the method was not fitted.
-            BatchError: If there are no targets, batches are not as above, or features
-                have another length than those of the training set.
+            BatchError: If there are no targets, batches are not as above or not the same
+                whenever they are gone through, or features have another length than
+                those of the training set.
+            CheckpointError: If a checkpoint has other weights than in ``fit``.
             TaskError: If the layer gives no features.
-            NonFiniteError: If a feature is NaN or infinite.
+            NonFiniteError: If a feature is NaN or infinite, or it or a score overflows
+                float32.
         """
         if self._train is None:
             raise OrderError("There are no features of a training set; fit it first.")
@@ -158,7 +163,8 @@ class RepresentationSimilarity(Method):
         n, m = len(self._train[0].values), len(found[0].values)
         scores = np.zeros((n, m), dtype=np.float32)
         device = next(self._model.parameters()).device
-        for train, target in zip(self._train, found, strict=True):
+        for c, (train, target) in enumerate(zip(self._train, found, strict=True)):
+            check_unchanged(c, train.weights, target.weights)
             k, other = train.values.shape[1], target.values.shape[1]
             if k != other:
                 raise BatchError(
@@ -173,32 +179,40 @@ class RepresentationSimilarity(Method):
                     is_same = train.labels[low:high, None] == target.labels
                     part *= is_same.to(device)
                 scores[low:high] += (part / len(found)).float().cpu().numpy()
+        if not np.isfinite(scores).all():
+            raise NonFiniteError(
+                f"a product of features overflows float32; pass metric='cosine' instead "
+                f"of {self._metric.value!r}."
+            )
         return scores
 
     def _features(self, batches: Iterable[Batch], what: str) -> list[_Features]:
-        check_repeatable(batches, what)
+        contents = read_contents(batches, what)
         return [
-            self._at_checkpoint(checkpoint, batches, what)
+            self._at_checkpoint(checkpoint, batches, contents, what)
             for checkpoint in self._checkpoints
         ]
 
     def _at_checkpoint(
-        self, checkpoint: Weights, batches: Iterable[Batch], what: str
+        self,
+        checkpoint: Weights,
+        batches: Iterable[Batch],
+        contents: Contents,
+        what: str,
     ) -> _Features:
-        load_weights(self._model, checkpoint)
+        weights = load_weights(self._model, checkpoint)
         values, labels, size = [], [], 0
         with torch.no_grad():
-            for batch in batches:
-                batch = canonical(batch)
+            for batch in checked(batches, contents, what):
+                batch = copied(canonical(batch))  # for models that write to inputs
                 found = self._layer(self._model, batch)
                 found = _checked(found, batch_size(batch), size, what)
                 size += len(found)
-                values.append(found.float().cpu())
+                values.append(found.cpu())
                 if self._same_label:
                     labels.append(_labels(batch, len(found)).cpu())
-        if size == 0:
-            raise BatchError(NO_EXAMPLES.format(what))
-        return _Features(torch.cat(values), torch.cat(labels) if labels else None)
+        every = torch.cat(labels) if labels else None
+        return _Features(weights, torch.cat(values), every)
 
 
 def similarity(
@@ -367,12 +381,13 @@ def _checked(values: Any, b: int, start: int, what: str) -> Float[Tensor, "b k"]
             f"layer gave {describe_value(values)} for a batch of {b}; features of shape "
             f"({b}, k) are needed."
         )
-    bad = (~torch.isfinite(values).all(dim=1)).nonzero()
+    kept = values.float()  # as they are kept
+    bad = (~torch.isfinite(kept).all(dim=1)).nonzero()
     if len(bad):
         index = start + int(bad[0])
         raise NonFiniteError(
-            f"features of example {index} of {what} are not finite; look at that example, "
-            f"or at the checkpoint.",
+            f"features of example {index} of {what} are not finite in float32; look at "
+            f"that example, or at the checkpoint.",
             index=index,
         )
-    return values
+    return kept

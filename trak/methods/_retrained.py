@@ -27,11 +27,17 @@ class OfBank(Method):
         bank: The retrainings. Those of one subset are averaged.
 
     Raises:
-        OptionError: If there is no retraining, or no target.
-        NonFiniteError: If an output is NaN or infinite.
+        OptionError: If it is no bank, or there is no retraining, or no target.
+        NonFiniteError: If an output is NaN or infinite, or overflows float32.
     """
 
     def __init__(self, bank: GroundTruth) -> None:
+        given: object = bank
+        if not isinstance(given, GroundTruth):
+            raise OptionError(
+                f"bank is a {type(given).__name__}; pass a GroundTruth, such as "
+                f"retrain_subsets gives."
+            )
         if 0 in bank.outputs.shape:
             raise OptionError(
                 f"the bank has {bank}; a method needs at least one of each."
@@ -41,6 +47,11 @@ class OfBank(Method):
             raise NonFiniteError(
                 f"retraining {bad[0, 1]} of subset {bad[0, 0]} has an output that is not "
                 f"finite; leave such subsets out with bank.finite().",
+            )
+        if np.abs(bank.outputs).max() > np.finfo(np.float32).max:
+            raise NonFiniteError(
+                "the bank has an output that overflows float32, so scores would; divide "
+                "the outputs of each target by a number."
             )
         self._bank = bank
         self._scores: Float32[np.ndarray, "n m"] | None = None
@@ -89,10 +100,23 @@ class OfBank(Method):
 
     @property
     def scores(self) -> Float32[np.ndarray, "n m"]:
-        """The scores for the bank's targets, computed when first asked for."""
+        """The scores for the bank's targets, computed when first asked for.
+
+        They cannot be written to. Shape ``(n, m)``.
+
+        Raises:
+            NonFiniteError: If one overflows float32.
+        """
         if self._scores is None:
             outputs = self._bank.outputs.astype(np.float64).mean(axis=1)
-            self._scores = self._compute(self._bank.masks, outputs).astype(np.float32)
+            found = self._compute(self._bank.masks, outputs)
+            if not np.abs(found).max() <= np.finfo(np.float32).max:
+                raise NonFiniteError(
+                    f"{self.name} scores overflow float32; divide the outputs of each "
+                    f"target by a number."
+                )
+            self._scores = found.astype(np.float32)
+            self._scores.setflags(write=False)  # they are kept
         return self._scores
 
     def _compute(

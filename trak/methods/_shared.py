@@ -15,7 +15,8 @@ from trak._linalg import RowReader
 from trak._options import positive
 from trak._reading import read_rows
 from trak._types import Batch, Weights
-from trak.errors import BatchError, NoCheckpointError, OptionError, OrderError
+from trak.errors import BatchError, OptionError, OrderError
+from trak.methods._choices import check_checkpoints
 from trak.methods._data import Contents, Memory, checked
 from trak.projectors import NoOpProjector
 from trak.traker import TRAKer
@@ -77,8 +78,7 @@ class ProjectedGradients:
         train_inds: Sequence[Any] | None = None,
         **options: Any,
     ) -> None:
-        if len(checkpoints) == 0:
-            raise NoCheckpointError("checkpoints is empty; pass at least one.")
+        check_checkpoints(checkpoints)
         if train_inds is not None and len(train_inds) != len(checkpoints):
             raise OptionError(
                 f"train_inds has {len(train_inds)} entries for {len(checkpoints)} "

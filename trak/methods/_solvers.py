@@ -18,6 +18,8 @@ from trak.errors import ConvergenceError
 Operator = Callable[[Float[Tensor, "k d"]], Float[Tensor, "k d"]]
 """A symmetric operator, applied to every row."""
 
+_SLACK = 1.01  # of a bound on LiSSA's series: products are rounded
+_EXCURSION = 10.0  # before its end, as one batch may be too large and the next ones not
 _COLUMNS = 1 << 16  # of a basis that are rotated at once: bounds a temporary
 
 
@@ -29,10 +31,10 @@ class Solution:
     """The solutions, one a row. Shape ``(k, d)``."""
 
     iterations: int
-    """Products with the operator, of all rows at a time."""
+    """Steps of all rows at a time, each with one product."""
 
     residuals: Float[Tensor, " k"]
-    """Norm of what is left, as a share of the right side's. Shape ``(k,)``."""
+    """``|A x - b| / |b|``, of the solutions themselves. Shape ``(k,)``."""
 
 
 def conjugate_gradients(
@@ -51,7 +53,7 @@ def conjugate_gradients(
         operator: The products with a positive definite :math:`A`.
         right: The right sides :math:`b`, one a row. Shape ``(k, d)``.
         tolerance: Share of ``|b|`` that the residual has to come down to.
-        max_iterations: Products after which to stop, converged or not.
+        max_iterations: Steps after which to stop, converged or not.
 
     Returns:
         The solutions, in the dtype and on the device of ``right``.
@@ -88,6 +90,9 @@ def conjugate_gradients(
         before, left = left, torch.where(active, _dots(residual, residual), left)
         turn = torch.where(active, left / torch.where(active, before, 1.0), 0.0)
         direction = residual + turn.to(right.dtype)[:, None] * direction
+    if iterations:  # the recurrence's residual is another by what is rounded in it
+        residual = operator(solution) - right
+        left = _dots(residual, residual)
     shares = (left / torch.where(scale > 0, scale, 1.0)).sqrt()
     return Solution(solution, iterations, shares)
 
@@ -132,10 +137,12 @@ def lissa(
     start = _dots(right, right).sqrt()
     for t, operator in zip(range(1, depth + 1), operators, strict=False):
         series = right + series - (operator(series) + damping * series) / scale
-        # With all eigenvalues between 0 and the scale no term is longer than b's.
+        # With all eigenvalues between 0 and the scale no term is longer than b, and with
+        # damping each is shorter than the one before.
         most = min(t + 1.0, scale / damping) if damping > 0 else t + 1.0
         size = _dots(series, series).sqrt()
-        if not bool((size <= 10 * most * start).all()):
+        slack = _SLACK if t == depth else _EXCURSION
+        if not bool((size <= slack * most * start).all()):
             raise ConvergenceError(
                 f"LiSSA diverges: after {t} of {depth} terms with scale={scale:g} the "
                 f"series is {float((size / start).max()):.2g} times as long as the "
