@@ -515,6 +515,33 @@ def test_random_architectures(seed: int) -> None:
     assert not computer.coverage.share(Rung.VMAP) + computer.coverage.share(Rung.LOOP)
 
 
+# -- weights that are computed from parameters ------------------------------------------
+
+DERIVED = {
+    "weight_norm": nn.utils.parametrizations.weight_norm,
+    "spectral_norm": nn.utils.parametrizations.spectral_norm,
+    "orthogonal": nn.utils.parametrizations.orthogonal,
+    "weight_norm before parametrizations": nn.utils.weight_norm,
+    "spectral_norm before parametrizations": nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.parametrize("name", DERIVED)
+@pytest.mark.parametrize("b", [1, 12])
+def test_weights_that_are_computed_from_parameters(name: str, b: int) -> None:
+    """Copies of them for each example would end the process in weight_norm's kernel."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # two of them are deprecated; the rung is slow
+        layer = DERIVED[name](nn.Linear(5, 3))
+        model = randomize(nn.Sequential(nn.Linear(4, 5), nn.Tanh(), layer))
+        found, known, computer = compute(model, (draw(b, 4), classes(b)))
+    assert_exact(found, known)
+    served = computer.coverage.rungs
+    own = [way for key, way in served.items() if not key.endswith(("bias", "0.weight"))]
+    assert own
+    assert set(own) == {Rung.VMAP}
+
+
 # -- models of transformers -----------------------------------------------------------
 
 SIZES = {

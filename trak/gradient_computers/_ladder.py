@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from trak._params import Selection
 from trak.gradient_computers._layer_rules import LayerRule, rule_for
@@ -160,6 +161,8 @@ class Ladder:
         kind = type(module).__name__
         if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
             return [Rung.MODULE], f"{kind} has no layer rule"
+        if _is_derived(module, local):
+            return [], "a weight is computed from it before any example is seen"
         rule = rule_for(module)
         if isinstance(rule, LayerRule) and local in rule.parameters:
             return [Rung.LAYER], ""
@@ -230,6 +233,18 @@ class Ladder:
         shapes = zip(self.selection.names, self.selection.shapes, strict=True)
         sizes = {name: math.prod(shape) for name, shape in shapes}
         return Coverage(self.rungs, sizes, dict(self.reasons))
+
+
+def _is_derived(module: nn.Module, local: str) -> bool:
+    """Tell whether a parameter is what a parametrization makes a weight of."""
+    # A copy for each example is none: weight normalisation's kernel for the CPU writes past
+    # the end of its memory for tensors of another rank (seen with torch 2.13).
+    hooks = module._forward_pre_hooks.values()
+    named = {getattr(hook, "name", None) for hook in hooks}  # before parametrizations
+    return isinstance(module, ParametrizationList) or any(
+        name is not None and local in {f"{name}_g", f"{name}_v", f"{name}_orig"}
+        for name in named
+    )
 
 
 def _below(module: nn.Module) -> Iterator[nn.Parameter]:
