@@ -9,11 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trak.errors import NonFiniteError, OptionError
-from trak.evaluation._arrays import to_numpy, with_repeats
+from trak.evaluation._arrays import check_targets_finite, to_numpy, with_repeats
 from trak.evaluation._bank import GroundTruth
 from trak.evaluation._bootstrap import bootstrap_interval
 
 _MIN_SUBSETS = 3  # two subsets correlate at -1 or 1 whatever the scores are
+_TOO_LARGE = "scale it down: its parts are finite, and overflow float64 together."
 _ROWS_AT_ONCE = 4096  # scores may be memory-mapped; widen this many rows at a time
 
 
@@ -86,10 +87,11 @@ def lds(
         The mean over targets, its interval and the correlation of each target.
 
     Raises:
-        OptionError: If the shapes do not fit each other, ``masks`` is not boolean,
-            there are fewer than 3 subsets or no targets, or a target's outputs are
-            the same for every subset, or outputs are given twice or not at all.
-        NonFiniteError: If a score or an output is NaN or infinite.
+        OptionError: If the shapes do not fit each other, ``masks`` is not boolean or the
+            same for every subset, there are fewer than 3 subsets or no targets, or a
+            target's outputs are the same for every subset, or outputs are given twice or
+            not at all.
+        NonFiniteError: If a score or an output is NaN or infinite, or their sums are.
 
     Example:
         The first target's scores order the four subsets as retraining did; the second
@@ -101,13 +103,17 @@ def lds(
         >>> lds(scores, masks, outputs).per_target
         array([ 1., -1.])
     """
-    score_array = to_numpy(scores)
+    score_array = to_numpy("scores", scores)
     mask_array, output_array = _retrainings(masks, outputs)
     _check_shapes(score_array, mask_array, output_array)
     _check_outputs(output_array)
-    truth = output_array.astype(np.float64).mean(axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        truth = output_array.astype(np.float64).mean(axis=1)
+        predicted = _predict(score_array, mask_array)
+    check_targets_finite("the mean of outputs", truth, _TOO_LARGE)
+    check_targets_finite("the sum of scores", predicted, _TOO_LARGE)
     _check_outputs_vary(truth)
-    per_target = _spearman(_predict(score_array, mask_array), truth)
+    per_target = _spearman(predicted, truth)
     return LdsResult(
         mean=float(per_target.mean()),
         interval=bootstrap_interval(per_target, n_bootstrap=n_bootstrap, seed=seed),
@@ -177,7 +183,7 @@ def _retrainings(
         raise OptionError(
             "outputs is missing; pass lds(scores, masks, outputs), or a GroundTruth."
         )
-    return to_numpy(masks), with_repeats(to_numpy(outputs))
+    return to_numpy("masks", masks), with_repeats(to_numpy("outputs", outputs))
 
 
 def _check_shapes(scores: np.ndarray, masks: np.ndarray, outputs: np.ndarray) -> None:
@@ -206,6 +212,11 @@ def _check_shapes(scores: np.ndarray, masks: np.ndarray, outputs: np.ndarray) ->
         raise OptionError(
             f"s={s} subsets cannot rank anything; retrain on at least {_MIN_SUBSETS}, "
             f"better on 50 or more."
+        )
+    if not (masks != masks[0]).any():
+        raise OptionError(
+            f"the s={s} subsets in masks are all the same, so scores predict the same for "
+            f"each; retrain on different ones, such as those of random_subsets."
         )
     if m == 0 or r == 0:
         raise OptionError(

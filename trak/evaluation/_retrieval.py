@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
+from trak._options import integer
 from trak.errors import NonFiniteError, OptionError
-from trak.evaluation._arrays import check_booleans, to_numpy
+from trak.evaluation._arrays import check_booleans, listed, to_numpy
 from trak.evaluation._result import TargetMean, target_mean
 
 Relevant: TypeAlias = np.ndarray | Tensor | Sequence[Iterable[int]]
@@ -62,7 +63,7 @@ def recall_at_k(
         array([0.75])
     """
     array = _two_axes(scores)
-    if not 1 <= k <= len(array):
+    if not 1 <= integer("k", k) <= len(array):
         raise OptionError(
             f"k={k} of n={len(array)} training examples; pass k from 1 to n."
         )
@@ -147,7 +148,7 @@ def _expected_reciprocal(above: int, tied: int, hits: int) -> float:
 
 
 def _two_axes(scores: np.ndarray | Tensor) -> np.ndarray:
-    array = to_numpy(scores)
+    array = to_numpy("scores", scores)
     if array.ndim != 2:
         raise OptionError(f"scores has {array.ndim} axes; pass scores (n, m).")
     return array
@@ -179,12 +180,19 @@ def _blocks(
         yield columns, some
 
 
-def _is_dense(relevant: Relevant) -> bool:
-    return isinstance(relevant, np.ndarray | Tensor)
+def _is_dense(relevant: object) -> bool:
+    if isinstance(relevant, np.ndarray | Tensor):
+        return True
+    if isinstance(relevant, str) or not hasattr(relevant, "__getitem__"):
+        raise OptionError(
+            f"relevant is a {type(relevant).__name__}; pass booleans (n, m), or a list "
+            f"with the indices of each target's examples."
+        )
+    return False
 
 
 def _dense_flags(relevant: Relevant) -> np.ndarray:
-    flags = to_numpy(relevant)  # type: ignore[arg-type]  # _is_dense said so
+    flags = to_numpy("relevant", relevant)
     check_booleans("relevant", flags)
     return flags
 
@@ -194,13 +202,18 @@ def _flags_of(
 ) -> Bool[np.ndarray, "n w"]:
     flags = np.zeros((n, stop - start), dtype=np.bool_)
     for target in range(start, stop):
-        for index in relevant[target]:
-            if not 0 <= int(index) < n:
+        name = f"relevant[{target}]"
+        some = relevant[target]
+        # Entries of a tensor of booleans would pass for indices.
+        entries = some.tolist() if isinstance(some, Tensor) else some
+        for given in listed(name, entries):
+            index = integer(f"an index in {name}", given)
+            if not 0 <= index < n:
                 raise OptionError(
-                    f"relevant[{target}] has the index {int(index)}, and there are "
-                    f"n={n} training examples; indices are 0 to {n - 1}."
+                    f"{name} has the index {index}, and there are n={n} training "
+                    f"examples; indices are 0 to {n - 1}."
                 )
-            flags[int(index), target - start] = True
+            flags[index, target - start] = True
     return flags
 
 
