@@ -63,6 +63,29 @@ def check_targets_finite(name: str, values: np.ndarray, advice: str) -> None:
         )
 
 
+def check_scores_finite(
+    scores: np.ndarray, first_row: int = 0, first_target: int = 0
+) -> None:
+    """Refuse scores that are not finite.
+
+    Args:
+        scores: A rectangle of them. Shape ``(k, w)``.
+        first_row: The training example of its first row.
+        first_target: The target of its first column.
+
+    Raises:
+        NonFiniteError: If a score is NaN or infinite; it has the example's index.
+    """
+    bad = np.argwhere(~np.isfinite(scores))
+    if len(bad):
+        row, target = (int(index) for index in bad[0])
+        raise NonFiniteError(
+            f"scores is not finite for training example {first_row + row} and target "
+            f"{first_target + target}; recompute the scores before evaluating them.",
+            index=first_row + row,
+        )
+
+
 def listed(name: str, values: object) -> list[Any]:
     """List what is in an argument that takes several values.
 

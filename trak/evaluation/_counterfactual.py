@@ -12,9 +12,10 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
 from trak._options import integer, positive
-from trak.errors import NonFiniteError, OptionError
+from trak.errors import OptionError
 from trak.evaluation._archive import Plan
 from trak.evaluation._arrays import (
+    check_scores_finite,
     check_targets_finite,
     generator,
     listed,
@@ -196,13 +197,7 @@ def removal_masks(
     masks = np.ones((len(ks), m, n), dtype=np.bool_)
     for target in range(m):
         column = array[:, target]
-        bad = np.flatnonzero(~np.isfinite(column))
-        if len(bad):
-            raise NonFiniteError(
-                f"scores is not finite for training example {bad[0]} and target "
-                f"{target}; recompute the scores before evaluating them.",
-                index=int(bad[0]),
-            )
+        check_scores_finite(column[:, None], first_target=target)
         order = np.argsort(-column.astype(np.float64), kind="stable")
         for row, k in enumerate(ks):
             masks[row, target, order[:k]] = False

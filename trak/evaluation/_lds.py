@@ -9,7 +9,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trak.errors import NonFiniteError, OptionError
-from trak.evaluation._arrays import check_targets_finite, to_numpy, with_repeats
+from trak.evaluation._arrays import (
+    check_scores_finite,
+    check_targets_finite,
+    to_numpy,
+    with_repeats,
+)
 from trak.evaluation._bank import GroundTruth
 from trak.evaluation._bootstrap import bootstrap_interval
 
@@ -132,7 +137,7 @@ def _predict(
     magnitude = np.zeros(scores.shape[1])
     for start in range(0, len(scores), _ROWS_AT_ONCE):
         rows = scores[start : start + _ROWS_AT_ONCE].astype(np.float64)
-        _check_scores(rows, start)
+        check_scores_finite(rows, first_row=start)
         totals += masks[:, start : start + len(rows)].astype(np.float64) @ rows
         magnitude += np.abs(rows).sum(axis=0)
     # Sums of equal scores in another order differ by rounding, which has a ranking.
@@ -244,15 +249,4 @@ def _check_outputs_vary(truth: Float[np.ndarray, "s m"]) -> None:
             f"outputs of target {constant[0]} are {truth[0, constant[0]]:g} for every "
             f"subset, so they have no ranking; leave out such targets ({len(constant)} "
             f"here), or check that each retraining's own outputs were stored."
-        )
-
-
-def _check_scores(rows: Float[np.ndarray, "k m"], start: int) -> None:
-    bad = np.argwhere(~np.isfinite(rows))
-    if len(bad):
-        row, target = (int(index) for index in bad[0])
-        raise NonFiniteError(
-            f"scores is not finite for training example {start + row} and target "
-            f"{target}; recompute the scores before evaluating them.",
-            index=start + row,
         )

@@ -10,8 +10,13 @@ from jaxtyping import Bool, Float64
 from torch import Tensor
 
 from trak._options import integer
-from trak.errors import NonFiniteError, OptionError
-from trak.evaluation._arrays import check_booleans, listed, to_numpy
+from trak.errors import OptionError
+from trak.evaluation._arrays import (
+    check_booleans,
+    check_scores_finite,
+    listed,
+    to_numpy,
+)
 from trak.evaluation._result import TargetMean, target_mean
 
 Relevant: TypeAlias = np.ndarray | Tensor | Sequence[Iterable[int]]
@@ -169,7 +174,7 @@ def _blocks(
     width = max(1, _ENTRIES_AT_ONCE // max(1, n))
     for start in range(0, m, width):
         columns = scores[:, start : start + width].astype(np.float64)
-        _check_scores(columns, start)
+        check_scores_finite(columns, first_target=start)
         stop = start + columns.shape[1]
         some = (
             _flags_of(relevant, n, start, stop)
@@ -215,17 +220,6 @@ def _flags_of(
                 )
             flags[index, target - start] = True
     return flags
-
-
-def _check_scores(columns: Float64[np.ndarray, "n w"], start: int) -> None:
-    bad = np.argwhere(~np.isfinite(columns))
-    if len(bad):
-        row, target = (int(index) for index in bad[0])
-        raise NonFiniteError(
-            f"scores is not finite for training example {row} and target "
-            f"{start + target}; recompute the scores before evaluating them.",
-            index=row,
-        )
 
 
 def _check_relevant(flags: Bool[np.ndarray, "n w"], start: int) -> None:
