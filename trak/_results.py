@@ -136,7 +136,8 @@ class Results(ABC):
             allow_skip: As in :meth:`finalize_scores`.
 
         Returns:
-            ``scores`` and ``indices``, best first, ties by index. Shapes ``(m, k)``.
+            ``scores``, before any soft threshold, and ``indices``, best first, ties by
+            index. Shapes ``(m, k)``.
 
         Raises:
             OptionError: If ``k`` is not between 1 and ``n``.
