@@ -198,6 +198,17 @@ def test_scales_do_not_matter():
     assert_close(after.per_target, before.per_target, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-290, 1e-60, 1e60, 1e290])
+@pytest.mark.parametrize("part", ["outputs", "out_to_loss"])
+def test_scales_beyond_those_of_float32_do_not_matter(part, scale):
+    """They would over- or underflow, and the estimate be 0 without a word."""
+    checkpoints = random_checkpoints(3, 20, 4, 6)
+    other = [replace(one, **{part: scale * getattr(one, part)}) for one in checkpoints]
+    found, wanted = (cross_validate(x, 20, 4, 6) for x in (other, checkpoints))
+    assert_close(found.per_target, wanted.per_target, rtol=1e-5, atol=1e-6)
+    assert found.lds == pytest.approx(wanted.lds, rel=1e-5)
+
+
 @pytest.mark.parametrize("exponents", [(0.0, 0.5), (0.5, 0.0)])
 def test_only_rows_tell_how_well_each_group_is_fitted(exponents):
     """Halves, whose weights come back to the same mean whatever they are fitted by."""
@@ -537,15 +548,27 @@ def refused(checkpoints, match, error=OptionError, **options):
         ({"multiples": []}, r"multiples=\[\]; pass dampings above 0"),
         ({"multiples": [0.0]}, r"multiples=\[0.0\]"),
         ({"multiples": [inf]}, "multiples"),
-        ({"exponents": []}, r"exponents=\[\]; pass pairs of numbers >= 0"),
+        ({"exponents": []}, r"exponents=\[\]; pass a list of pairs of numbers >= 0"),
         ({"exponents": [(-1.0, 0.0)]}, "exponents"),
         ({"columns": [5]}, r"columns=\[5\]; pass numbers from 1 to p=4"),
         ({"columns": [0]}, "columns"),
         ({"max_targets": 0}, "max_targets=0; pass at least 1"),
         ({"n_probes": 4}, "n_probes=4 cannot measure a variance"),
+        ({"multiples": [1e-13]}, "from 1e-12 to 1e.12, or rounding is all"),
+        ({"multiples": [1.0, 1e13]}, "or rounding is all that is left"),
+        ({"multiples": [nan]}, "multiples"),
+        ({"multiples": ["a"]}, r"multiples=\['a'\]"),
+        ({"multiples": 1.0}, "multiples=1.0; pass a list"),
+        ({"exponents": (0.25, 0.5)}, r"exponents=\[0.25, 0.5\]; pass a list of pairs"),
+        ({"exponents": [(0.5,)]}, r"exponents=\[\(0.5,\)\]"),
+        ({"columns": 3}, "columns=3; pass a list"),
+        ({"columns": [2.5]}, "an entry of columns must be a whole number"),
+        ({"max_targets": 2.5}, "max_targets must be a whole number"),
+        ({"n_probes": 9.5}, "n_probes must be a whole number"),
+        ({"seed": -1}, "seed=-1"),
     ],
 )
-def test_options_that_cannot_work(three, options, match):
+def test_options_that_cannot_work(three, options, match, untyped):
     refused(three, match, **options)
 
 
@@ -560,7 +583,7 @@ def test_no_targets():
         cross_validate(random_checkpoints(2, 30, 0, 4), 30, 0, 4)
 
 
-def test_arrays_of_other_shapes_and_types(three):
+def test_arrays_of_other_shapes_and_types(three, untyped):
     short = replace(three[1], outputs=np.zeros(2))
     refused([three[0], short], r"checkpoint 1 has out_to_loss, outputs and members")
     with pytest.raises(OptionError, match="members of checkpoint 1 has dtype int64"):
@@ -571,6 +594,16 @@ def test_arrays_of_other_shapes_and_types(three):
             30,
             3,
         )
+
+    listed = replace(three[1], outputs=[0.0, 1.0, 2.0])
+    refused([three[0], listed], "checkpoint 1 .* that are ndarray, list, ndarray; pass")
+
+
+@pytest.mark.parametrize("part", ["train", "targets"])
+def test_rows_of_another_width(three, part):
+    wide = replace(three[1], **{part: reader(torch.ones(30, 5))})
+    match = rf"checkpoint 1 has rows of shape \(1, 5\) in {part}\(0, 1\), and p=4"
+    refused([three[0], wide], match)
 
 
 def test_numbers_that_are_not_finite(three):

@@ -133,6 +133,26 @@ def test_too_few_subsets(arrays):
         lds(scores, masks[:2], outputs[:2])
 
 
+@pytest.mark.parametrize("members", [True, False])
+def test_subsets_that_are_all_the_same(arrays, members):
+    scores, masks, outputs = arrays
+    with pytest.raises(
+        OptionError, match=f"the s={S} subsets in masks are all the same"
+    ):
+        lds(scores, np.full_like(masks, fill_value=members), outputs)
+    with pytest.raises(OptionError, match="are all the same"):
+        lds(scores, masks[:1].repeat(S, 0), outputs)
+
+
+def test_sums_that_overflow(arrays):
+    scores, masks, outputs = arrays
+    large = np.full((S, 2, M), 1.5e308) * np.sign(outputs)[:, None]
+    with pytest.raises(NonFiniteError, match=r"the mean of outputs.* scale it down"):
+        lds(scores, masks, large)
+    with pytest.raises(NonFiniteError, match=r"the sum of scores.* scale it down"):
+        lds(np.full_like(scores, 1e308), masks, outputs)
+
+
 @pytest.mark.parametrize(("part", "shape"), [(0, (S, 0)), (1, (0, M))])
 def test_nothing_to_average(arrays, part, shape):
     scores, masks, _ = arrays
@@ -190,6 +210,36 @@ def test_bootstrap_refuses_what_has_no_interval():
     with pytest.raises(NonFiniteError, match=r"values\[1\] is nan") as err:
         bootstrap_interval(np.array([0.0, np.nan]))
     assert err.value.index == 1
+    with pytest.raises(
+        NonFiniteError, match=r"up to 1.5e\+308, and a sum .* overflows"
+    ):
+        bootstrap_interval(np.array([1e308, -1.5e308]))
+
+
+def test_arguments_of_the_wrong_type(arrays, untyped):
+    scores, masks, outputs = arrays
+    with pytest.raises(OptionError, match="seed=-1; pass a whole number of at least 0"):
+        lds(*arrays, seed=-1)
+    with pytest.raises(
+        OptionError, match=r"n_bootstrap must be a whole number; got 1\.5"
+    ):
+        lds(*arrays, n_bootstrap=1.5)
+    for wrong in (scores + 0j, scores.astype(str), scores.astype(object), None):
+        with pytest.raises(OptionError, match=r"scores is a .*; pass an array of real"):
+            lds(wrong, masks, outputs)
+    with pytest.raises(OptionError, match="outputs is a list of object"):
+        lds(scores, masks, [[1.0], [1.0, 2.0]])
+    with pytest.raises(OptionError, match="values has 2 axes"):
+        bootstrap_interval(scores)
+    for options in ({"n": 10.5}, {"s": 2.5}, {"seed": 0.5}):
+        with pytest.raises(OptionError, match="must be a whole number"):
+            random_subsets(**{"n": 10, "s": 2, **options})
+    with pytest.raises(OptionError, match="seed=-2"):
+        random_subsets(10, 2, seed=-2)
+
+
+def test_lists_are_arrays(arrays, untyped):
+    assert lds(*(array.tolist() for array in arrays)).mean == lds(*arrays).mean
 
 
 @pytest.mark.parametrize("s", [0, 1, 3])
@@ -207,7 +257,7 @@ def test_subsets_cover_examples_evenly():
     assert abs(counts - 200).max() < 50
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.05, 1.0, -1.0])
+@pytest.mark.parametrize("fraction", [0.0, 0.05, 1.0, -1.0, np.nan, np.inf])
 def test_subsets_must_leave_something_in_and_out(fraction):
     with pytest.raises(OptionError, match="at least one example"):
         random_subsets(10, 2, fraction=fraction)

@@ -7,6 +7,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 
 from trak.errors import NonFiniteError, OptionError, StoreCorruptError, StoreWriteError
 from trak.evaluation import GroundTruth, lds, random_subsets
@@ -148,6 +149,9 @@ def test_subsets_may_repeat(bank, rng):
         ({"metadata": {"a": (1, 2)}}, "read back as"),
         ({"metadata": {1: 2}}, "read back as"),
         ({"metadata": [1]}, "metadata is a list"),
+        ({"masks": [[True] * N] * S}, "masks is a list; pass a NumPy array"),
+        ({"outputs": torch.zeros(S, R, M)}, "outputs is a Tensor; pass a NumPy"),
+        ({"seeds": [[1] * R] * S}, "seeds is a list; pass a NumPy"),
     ],
 )
 def test_what_is_not_a_bank_is_refused(bank, untyped, change, message):

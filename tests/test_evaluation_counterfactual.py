@@ -120,6 +120,14 @@ def test_ks_ascend(ks):
         removal_masks(np.zeros((N, M)), ks)
 
 
+@pytest.mark.parametrize("k", [1.5, np.nan, "1"])
+def test_ks_are_whole_numbers(untyped, k):
+    with pytest.raises(OptionError, match="entry of ks must be a whole number"):
+        removal_masks(np.zeros((N, M)), [k])
+    with pytest.raises(OptionError, match=r"ks=.*; pass a list"):
+        removal_masks(np.zeros((N, M)), 5)
+
+
 def test_result_is_frozen_and_prints_what_it_rests_on():
     curve = counterfactual_curve(
         np.full(2, 3.0), np.array([[2.0] * 2, [1.0] * 2]), [5, 9]
@@ -261,10 +269,14 @@ def test_an_interrupted_comparison_goes_on(rng, tmp_path):
         ({"a": np.zeros((N, M)), "b": np.zeros((N, 1))}, {}, r"shapes .*\(9, 1\)"),
         ({"a": np.zeros(N)}, {}, r"shapes .*\(9,\)"),
         ({"a": np.zeros((N, 0))}, {}, "neither of them 0"),
-        ({"a": np.zeros((N, M))}, {"n_random": 0}, "n_random=0, n_repeats=1"),
-        ({"a": np.zeros((N, M))}, {"n_repeats": 0}, "n_repeats=0, n_bootstrap"),
-        ({"a": np.zeros((N, M))}, {"n_bootstrap": 0}, "n_bootstrap=0 and seed=0"),
+        ({"a": np.zeros((N, M))}, {"n_random": 0}, "n_random must be at least 1"),
+        ({"a": np.zeros((N, M))}, {"n_repeats": 0}, "n_repeats must be at least 1"),
+        ({"a": np.zeros((N, M))}, {"n_bootstrap": 0}, "n_bootstrap must be at least 1"),
         ({"a": np.zeros((N, M))}, {"seed": -1}, "seed=-1"),
+        ({"a": np.zeros((N, M))}, {"seed": 0.5}, "seed must be a whole number"),
+        ({"a": np.zeros((N, M))}, {"n_repeats": 1.5}, "n_repeats must be a whole"),
+        (np.zeros((N, M)), {}, "scores is a ndarray; pass a dict"),
+        ({"a": np.full((N, M), 1j)}, {}, r"scores\['a'\] is a ndarray of complex128"),
         ({"a": np.zeros((N, M))}, {"metadata": {1: 2}}, "metadata would be read"),
     ],
 )

@@ -179,10 +179,40 @@ def test_indices_are_those_of_training_examples(metric, problem, index):
         metric(problem[0][:, :2], [[0], [1, index]])
 
 
+@both
+@pytest.mark.parametrize(
+    "given",
+    [
+        [[True, False, False, False, False, False]] * 2,
+        [np.arange(N) < 1] * 2,
+        [torch.arange(N) < 1] * 2,
+        [[1.5]] * 2,
+    ],
+)
+def test_flags_of_each_target_are_not_taken_for_indices(
+    metric, problem, given, untyped
+):
+    with pytest.raises(
+        OptionError, match=r"index in relevant\[0\] must be a whole numb"
+    ):
+        metric(problem[0][:, :2], given)
+
+
+@both
+def test_relevant_examples_are_listed_for_each_target(metric, problem, untyped):
+    scores = problem[0][:, :2]
+    with pytest.raises(OptionError, match=r"relevant\[0\]=0; pass a list"):
+        metric(scores, [0, 1])
+    with pytest.raises(OptionError, match="relevant is a NoneType; pass booleans"):
+        metric(scores, None)
+
+
 @pytest.mark.parametrize("k", [0, N + 1, -1])
-def test_k_is_a_length(problem, k):
+def test_k_is_a_length(problem, k, untyped):
     with pytest.raises(OptionError, match=f"k={k} of n=6"):
         recall_at_k(*problem, k)
+    with pytest.raises(OptionError, match="k must be a whole number"):
+        recall_at_k(*problem, 2.0)
 
 
 def test_result_prints_what_it_rests_on():

@@ -219,6 +219,12 @@ def test_top_is_indices(model, data, untyped, top):
         patch(model, data, top)
 
 
+def test_negative_indices_do_not_count_from_the_end(model, data, top):
+    top[1, 0] = -3
+    with pytest.raises(OptionError, match="top has the index -3"):
+        patch(model, data, top)
+
+
 # -- the metric ------------------------------------------------------------------------
 
 

@@ -122,6 +122,15 @@ def test_soft_threshold():
     assert not np.signbit(found[1]).any()
     with pytest.raises(OptionError, match=r"level=-1.0; pass thresholds >= 0"):
         soft_threshold(scores, -1.0)
+    for level in (np.ones(3), np.ones((2, 1)), np.array([1.0, np.nan])):
+        with pytest.raises(OptionError, match=r"one for each of the 2 targets"):
+            soft_threshold(scores, level)
+
+
+def test_scores_that_tie_at_a_threshold_go_together():
+    scores = np.array([[2.0], [1.0], [-1.0], [1.0]])
+    assert threshold_keeping(scores, 0.5).tolist() == [1.0]
+    assert (soft_threshold(scores, 1.0) != 0).sum() == 1
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5, 0.1, 1e-9])
@@ -184,6 +193,23 @@ def test_weights_of_a_threshold_are_balanced(exponent):
     assert_close(found.lds, expected.lds)
 
 
+@pytest.mark.parametrize("scale", [1e-60, 1e60])
+def test_a_threshold_does_not_depend_on_the_scale(scale):
+    kernels, masks, outputs = sparse_world(4, n=60, m=4, signal=5)
+    weights = np.exp(draws(4, 60))
+    wanted = choose_threshold(kernels, weights, masks, outputs)
+    found = choose_threshold(kernels, scale * weights, masks, outputs)
+    assert found.share == wanted.share
+    assert found.lds == pytest.approx(wanted.lds, rel=1e-5)
+
+
+def test_lists_and_tensors_are_arrays():
+    kernels, masks, outputs = sparse_world(3, n=30, m=2, signal=3)
+    wanted = choose_threshold(kernels, None, masks, outputs)
+    tensors = map(torch.from_numpy, (kernels, masks, outputs))
+    assert choose_threshold(next(tensors), None, *tensors).lds == wanted.lds
+
+
 # -- what is refused ------------------------------------------------------------------
 
 
@@ -196,7 +222,7 @@ def test_refusals():
         standard_errors(draws(3, 4, 2), draws(3, 5))
     with pytest.raises(OptionError, match="there is no block of scores"):
         top_k_stability([], 3)
-    with pytest.raises(OptionError, match="k=4 of n=4 examples; pass 1 to 3"):
+    with pytest.raises(OptionError, match="k=4 of n=4 examples; pass 1 to n - 1"):
         top_k_stability([draws(2, 4, 1)], 4)
     with pytest.raises(OptionError, match=r"share=0.0; pass a share in \(0, 1\]"):
         threshold_keeping(draws(4, 1), 0.0)
@@ -208,3 +234,66 @@ def test_refusals():
         NonFiniteError, match="output of checkpoint 1 is inf for target 1"
     ):
         choose_threshold(kernels, None, masks, outputs)
+    outputs[1, 1] = 0.0
+    with pytest.raises(
+        OptionError, match="3 checkpoints, members of 3 and outputs of 2"
+    ):
+        choose_threshold(kernels, None, masks, outputs[:2])
+    with pytest.raises(OptionError, match="scores has no training example"):
+        threshold_keeping(np.zeros((0, 2)), 0.5)
+    with pytest.raises(OptionError, match="there is no block of scores"):
+        top_k_stability([draws(3, 4, 0)], 2)
+
+
+def test_wrong_types_are_named(untyped):
+    kernels = draws(3, 8, 2)
+    with pytest.raises(OptionError, match="scores has 1 axes"):
+        threshold_keeping(np.ones(3), 0.5)
+    with pytest.raises(OptionError, match="kernels is a ndarray of complex128"):
+        standard_errors(kernels + 1j)
+    with pytest.raises(OptionError, match=r"k must be a whole number; got 2\.5"):
+        top_k_stability([kernels], 2.5)
+    with pytest.raises(OptionError, match="seed=-1; pass a whole number"):
+        top_k_stability([kernels], 2, seed=-1)
+    with pytest.raises(OptionError, match=r"shares=0.5; pass a list"):
+        choose_threshold(kernels, None, kernels > 0, kernels[:, 0], shares=0.5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_numbers_that_are_not_finite(bad):
+    """They would otherwise be on top, or make every candidate look alike."""
+    kernels, masks, outputs = sparse_world(3, n=30, m=2, signal=3)
+    broken = kernels.copy()
+    broken[1, 7, 1] = bad
+    for call in (
+        lambda: standard_errors(broken),
+        lambda: top_k_stability([kernels, broken], 3),
+        lambda: choose_threshold(broken, None, masks, outputs),
+    ):
+        with pytest.raises(
+            NonFiniteError, match=rf"kernels\[1, 7, 1\] is {bad}"
+        ) as err:
+            call()
+        assert err.value.index == 1
+    for call in (lambda x: soft_threshold(x, 1.0), lambda x: threshold_keeping(x, 0.5)):
+        with pytest.raises(NonFiniteError, match=rf"scores\[7, 1\] is {bad}"):
+            call(broken[1])
+    weights = np.ones((3, 30))
+    weights[2, 5] = bad
+    with pytest.raises(NonFiniteError, match=r"of checkpoint 2 .* example 5") as err:
+        standard_errors(kernels, weights)
+    assert err.value.index == 5
+    with pytest.raises(NonFiniteError, match="squares overflow float64"):
+        standard_errors(1e200 * kernels)
+
+
+@pytest.mark.parametrize("exponent", [-1.0, np.nan])
+def test_exponents_are_at_least_0(exponent):
+    kernels, masks, outputs = sparse_world(3, n=30, m=2, signal=3)
+    for call in (
+        lambda: standard_errors(kernels, np.ones((3, 30)), exponent=exponent),
+        lambda: top_k_stability([kernels], 3, exponent=exponent),
+        lambda: choose_threshold(kernels, None, masks, outputs, exponent=exponent),
+    ):
+        with pytest.raises(OptionError, match="not a pair of numbers >= 0"):
+            call()

@@ -16,13 +16,15 @@ import torch
 from tests import reference
 from tests.problems import AUTO, Problem, assert_scores, draw, make, sparse
 from trak import TRAKer, _thresholds, _validating
+from trak._choices import DampingChoice
 from trak._thresholds import SoftThreshold, parse_threshold
-from trak._validating import DampingChoice, parse_targets
+from trak._validating import parse_targets
 from trak.errors import (
     ExperimentError,
     ModelIDException,
     NonFiniteError,
     OptionError,
+    StoreCorruptError,
 )
 from trak.evaluation import (
     CrossValidation,
@@ -200,6 +202,39 @@ def test_what_cannot_be_cross_validated(
     assert traker.cross_validate(multiples=(1.0,)).n_held_out == C - 1
 
 
+def test_options_that_there_are_not(store: Path, halves: Any) -> None:
+    traker = make(halves[0], store)
+    for name in ("multiple", "n", "checkpoints"):
+        match = f"no option '{name}'; it has multiples, exponents, columns, max_targets"
+        with pytest.raises(OptionError, match=match):
+            traker.cross_validate(**{name: 1})
+
+
+def test_checkpoints_have_their_ids_in_messages(store: Path, halves: Any) -> None:
+    """They are counted in the order of model_ids, and so need not have those numbers."""
+    problem, members = halves
+    traker = make(problem, store)
+    (store / "3" / "train_inds.json").unlink()
+    traker = make(problem, store)
+    traker.load_checkpoint(problem.checkpoints[3], train_inds=members[4])
+    match = (
+        r"^checkpoints 1 and 2 were trained on the same.*Leave one of the two out\. "
+        r"Checkpoints are counted from 0 in the model ids \[1, 3, 4\]\.$"
+    )
+    with pytest.raises(OptionError, match=match):
+        traker.cross_validate(model_ids=[1, 3, 4])
+    with pytest.raises(OptionError, match=match):
+        traker.finalize_scores(model_ids=[1, 3, 4], soft_threshold="auto")
+    with pytest.raises(OptionError, match=r"Leave one of the two out\.$"):
+        traker.cross_validate(model_ids=range(C))
+    (store / "3" / "train_inds.json").unlink()
+    traker = make(problem, store)
+    traker.load_checkpoint(problem.checkpoints[3], train_inds=range(N))
+    notes = traker.cross_validate(model_ids=[1, 2, 3], multiples=GRID).notes
+    assert notes[0].startswith("checkpoints 2 saw all examples or none")
+    assert notes[-1].endswith("in the model ids [1, 2, 3].")
+
+
 def test_all_trained_on_everything(tmp_path: Path, halves: Any) -> None:
     problem = halves[0]
     traker = fill((problem, [range(N)] * C), make(problem, tmp_path))
@@ -327,7 +362,14 @@ def test_a_damping_that_was_given_is_kept(
     wanted = problem.expected(sparse(problem), lambda_reg, members=known)
     assert_scores(scores, wanted, 1e-3)
     assert calls == []
-    assert traker.dampings["exp"].reason == f"lambda_reg={lambda_reg!r}"
+    choice = traker.dampings["exp"]
+    assert choice.reason == f"lambda_reg={lambda_reg!r}"
+    assert choice.multiple is None
+    assert str(choice) == f"damping as given (lambda_reg={lambda_reg!r})"
+    # What is compared is not what these scores have.
+    note = f"scores of this TRAKer have lambda_reg={lambda_reg!r}, which is none"
+    monkeypatch.undo()
+    assert any(note in one for one in traker.cross_validate(multiples=GRID).notes)
 
 
 def test_when_nothing_is_chosen(
@@ -471,9 +513,9 @@ def test_a_chosen_threshold(
     assert given["exponent"] == AUTO[1]
 
 
-def test_thresholds_that_cannot_be(store: Path, halves: Any) -> None:
+def test_thresholds_that_cannot_be(store: Path, halves: Any, untyped: None) -> None:
     traker = make(halves[0], store)
-    for bad in (-1.0, float("nan"), float("inf"), "most"):
+    for bad in (-1.0, float("nan"), float("inf"), "most", True, False):
         with pytest.raises(OptionError, match="is not a threshold; pass None"):
             traker.finalize_scores(soft_threshold=bad)
     with pytest.raises(OptionError, match="2 checkpoints trained on a part"):
@@ -532,3 +574,31 @@ def test_the_choice_of_a_store_without_one(store: Path, halves: Any) -> None:
     assert str(DampingChoice(1.0, None, "why", None)) == text
     text = "damping of 2 mean eigenvalues, exponent 0.75 of the result (why)"
     assert str(DampingChoice(2.0, 0.75, "why", None)) == text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"multiple": "1"},
+        {"multiple": -3.0},
+        {"multiple": float("inf")},
+        {"reason": None},
+        {"more": 1},
+    ],
+)
+def test_a_damaged_choice(store: Path, halves: Any, change: dict[str, Any]) -> None:
+    make(halves[0], store).finalize_scores()
+    path = store / "experiments" / "exp.json"
+    record = json.loads(path.read_text())
+    for damping in ({**record["damping"], **change}, [], {"multiple": 1.0}):
+        path.write_text(json.dumps({**record, "damping": damping}))
+        traker = make(halves[0], store)
+        match = r"experiment 'exp' has the damping .* which is none; delete that entry"
+        with pytest.raises(StoreCorruptError, match=match):
+            _ = traker.dampings
+        with pytest.raises(StoreCorruptError, match=match):
+            traker.finalize_scores()
+    path.write_text(json.dumps({**record, "damping": None}))
+    traker = make(halves[0], store)
+    traker.finalize_scores()
+    assert traker.dampings["exp"].basis == record["damping"]["basis"]

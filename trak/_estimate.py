@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trak._batches import batch_size as size_of
 from trak._batches import canonical, check_device, row_leaves
+from trak._choices import DAMPING, DampingChoice
 from trak._estimate_table import Estimate, Stage
 from trak._finalizing import FeatureReport
 from trak._layout import ROW_EXPONENT
@@ -31,7 +32,6 @@ from trak._probes import (
 from trak._score_costs import Cost, finalize_cost, scores_cost, whole_cost
 from trak._seams import Parts, another_computer, build_parts, store_metadata
 from trak._types import Batch, GradWrt
-from trak._validating import DAMPING, DampingChoice
 from trak.errors import BatchError
 from trak.gradient_computers import HookGradientComputer, working_bytes
 from trak.savers import AbstractSaver, MmapSaver, StoreSizes, store_sizes

@@ -9,19 +9,14 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from trak._choices import DampingChoice, read_choice
 from trak._features import Features
 from trak._finalizing import FeatureReport, read_reports
 from trak._options import positive
 from trak._scoring import Scoring, TopScores
 from trak._session import Session
 from trak._thresholds import parse_threshold
-from trak._validating import (
-    DampingChoice,
-    Uncertainty,
-    Validation,
-    parse_targets,
-    read_choice,
-)
+from trak._validating import Uncertainty, Validation, parse_targets
 from trak.errors import OptionError
 from trak.evaluation import CrossValidation
 from trak.savers import AbstractSaver
@@ -50,7 +45,7 @@ class Results(ABC):
     @property
     def dampings(self) -> dict[str, DampingChoice]:
         """The damping of each experiment's scores, and what chose it, by name."""
-        found = {k: read_choice(one) for k, one in self.saver.experiments.items()}
+        found = {k: read_choice(one, k) for k, one in self.saver.experiments.items()}
         return {name: choice for name, choice in found.items() if choice is not None}
 
     def finalize_features(
@@ -105,7 +100,8 @@ class Results(ABC):
 
         Raises:
             ExperimentError: If there is no such experiment, or targets are missing.
-            ModelIDException: If a checkpoint is not finalized.
+            ModelIDException: If a checkpoint is not finalized, or ``soft_threshold`` is
+                ``"auto"`` and it is not known what one was trained on.
             StoreMismatchError: If one was finalized with another damping.
             NonFiniteError: If a score is not finite.
             OptionError: If ``soft_threshold`` is none, or checkpoints cannot choose it.
@@ -140,7 +136,8 @@ class Results(ABC):
             allow_skip: As in :meth:`finalize_scores`.
 
         Returns:
-            ``scores`` and ``indices``, best first, ties by index. Shapes ``(m, k)``.
+            ``scores``, before any soft threshold, and ``indices``, best first, ties by
+            index. Shapes ``(m, k)``.
 
         Raises:
             OptionError: If ``k`` is not between 1 and ``n``.
@@ -198,7 +195,8 @@ class Results(ABC):
 
         Returns:
             The expected LDS with its interval, over dampings, exponents and numbers of
-            checkpoints; print it for a table.
+            checkpoints; print it for a table. It is about scores with
+            ``lambda_reg="auto"``, whatever this TRAKer has.
 
         Raises:
             ModelIDException: If a checkpoint has no ``train_inds``, or its gradients were

@@ -64,7 +64,8 @@ def parse_threshold(given: object) -> SoftThreshold | None:
     if isinstance(given, str) and given == "auto":
         return None
     try:
-        level = float(given)  # type: ignore[arg-type]
+        # True would be a level of 1, and not "auto".
+        level = math.nan if isinstance(given, bool) else float(given)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         level = math.nan
     if not 0 <= level < math.inf:

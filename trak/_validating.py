@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,7 @@ from jaxtyping import Float32
 from torch import Tensor
 
 from trak._blocked import KEPT, Shape, Side, score_blocks
+from trak._choices import DAMPING, DampingChoice, read_choice
 from trak._linalg import RowReader, spans
 from trak._memory import TILE
 from trak._reading import read_rows
@@ -26,6 +30,7 @@ from trak.errors import (
     ModelIDException,
     NonFiniteError,
     OptionError,
+    TrakError,
 )
 from trak.evaluation import (
     CheckpointData,
@@ -44,38 +49,6 @@ logger = logging.getLogger("TRAK")
 
 POWERS = (0.25, 0.5, 0.75, 1.0)
 """Exponents of the result that are tried; they cost next to nothing."""
-
-DAMPING = "damping"
-"""Key of an experiment's record, for the choice."""
-
-
-@dataclass(frozen=True, slots=True)
-class DampingChoice:
-    """Which damping and exponent the scores of an experiment have, and why."""
-
-    multiple: float
-    """In mean eigenvalues of each checkpoint's kernel; 1 unless it was chosen."""
-
-    power: float | None
-    """The exponent of the result; None where it is the score computer's."""
-
-    reason: str
-    """What chose it, or why nothing did."""
-
-    lds: float | None
-    """The expected LDS, where checkpoints were cross-validated."""
-
-    basis: str | None = None
-    """Hash of what it was chosen for; None where nothing was."""
-
-    @property
-    def tuning(self) -> Tuning:
-        """What of it scores depend on."""
-        return Tuning(self.multiple, self.power)
-
-    def __str__(self) -> str:
-        power = "" if self.power is None else f", exponent {self.power:g} of the result"
-        return f"damping of {self.multiple:.3g} mean eigenvalues{power} ({self.reason})"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,13 +84,25 @@ class Validation:
         Returns:
             What was found.
         """
+        check_known(options)
         blocked = self._blocked("cross_validate")
         if options.get("exponents") is None:
             options["exponents"] = self._pairs(blocked)
         features = self.scoring.features
         m = self._targets(exp_name)
         data = [self._data(exp_name, model_id, m) for model_id in model_ids]
-        return cross_validate(data, features.n, m, features.p, **options)
+        with counted(model_ids):
+            found = cross_validate(data, features.n, m, features.p, **options)
+        notes = [*found.notes]
+        if any(re.search(r"checkpoints \d", note) for note in notes):
+            notes += _counted(model_ids)
+        lambda_reg = blocked.damping.lambda_reg
+        if lambda_reg != "auto":
+            notes.append(
+                f"scores of this TRAKer have lambda_reg={lambda_reg!r}, which is none of "
+                f"the dampings here; lambda_reg='auto' takes the one that is best."
+            )
+        return replace(found, notes=tuple(notes))
 
     def _pairs(self, blocked: BasicScoreComputer) -> list[tuple[float, float]]:
         """List the exponents to choose from, the default first."""
@@ -188,7 +173,7 @@ class Validation:
         choice = self._reason_not_to(exp_name, model_ids)
         if choice is None:
             basis = self._basis(exp_name, model_ids)
-            known = read_choice(record)
+            known = read_choice(record, exp_name)
             if known is not None and known.basis == basis:
                 return known
             choice = self._chosen(exp_name, model_ids, basis)
@@ -222,7 +207,7 @@ class Validation:
         blocked = as_blocked(computer)
         if blocked is None or blocked.damping.lambda_reg != "auto":
             reason = f"lambda_reg={computer.lambda_reg!r}"
-            return DampingChoice(1.0, None, reason, None)
+            return DampingChoice(None, None, reason, None)
         if len(model_ids) < MIN_TO_CHOOSE:
             reason = (
                 f"the default: {len(model_ids)} checkpoints, and {MIN_TO_CHOOSE} choose"
@@ -270,13 +255,14 @@ class Validation:
         data = [self._data(exp_name, model_id, m) for model_id in model_ids]
         chosen = np.unique(np.linspace(0, m - 1, min(m, TARGETS)).round().astype(int))
         columns = [*self._columns(exp_name, model_ids, tuning.multiple, chosen)]
-        choice = choose_threshold(
-            np.concatenate([part for _, part in columns], axis=2),
-            np.stack([one.out_to_loss for one in data]),
-            np.stack([one.members for one in data]),
-            np.stack([one.outputs for one in data])[:, chosen],
-            exponent=b,
-        )
+        with counted(model_ids):
+            choice = choose_threshold(
+                np.concatenate([part for _, part in columns], axis=2),
+                np.stack([one.out_to_loss for one in data]),
+                np.stack([one.members for one in data]),
+                np.stack([one.outputs for one in data])[:, chosen],
+                exponent=b,
+            )
         logger.info(
             "experiment %s: a soft threshold keeps %.3g of the scores (%d targets)",
             *(exp_name, choice.share, choice.n_targets),
@@ -357,10 +343,35 @@ def _chosen(read: RowReader, indices: np.ndarray) -> RowReader:
     return reader
 
 
-def read_choice(record: Mapping[str, Any]) -> DampingChoice | None:
-    """Read the choice on an experiment's record, if there is one."""
-    found = record.get(DAMPING)
-    return None if found is None else DampingChoice(**found)
+def check_known(options: Mapping[str, Any]) -> None:
+    """Refuse options that cross-validation does not have.
+
+    Raises:
+        OptionError: If there is one.
+    """
+    parameters = signature(cross_validate).parameters.values()
+    known = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise OptionError(
+            f"cross_validate has no option {unknown[0]!r}; it has {', '.join(known)}."
+        )
+
+
+@contextlib.contextmanager
+def counted(model_ids: Sequence[int]) -> Iterator[None]:
+    """Say in errors which ids the checkpoints have, where they are other numbers."""
+    try:
+        yield
+    except TrakError as error:
+        error.args = (" ".join([str(error), *_counted(model_ids)]),)
+        raise
+
+
+def _counted(model_ids: Sequence[int]) -> list[str]:
+    if [*model_ids] == [*range(len(model_ids))]:
+        return []
+    return [f"Checkpoints are counted from 0 in the model ids {[*model_ids]}."]
 
 
 def parse_targets(targets: object, m: int) -> np.ndarray:

@@ -99,6 +99,14 @@ class Archive:
             )
         return done
 
+    def prepare(self) -> None:
+        """Find out whether retrainings can be stored, before one is done.
+
+        Raises:
+            StoreWriteError: If the file system refuses.
+        """
+        _files.check_writable(self._parts)
+
     def add(self, job: Job, outputs: Float64[np.ndarray, " m"]) -> None:
         """Store a retraining.
 

@@ -138,6 +138,11 @@ class GroundTruth:
             StoreCorruptError: If it is not the file of a bank, or is damaged.
         """
         path = Path(path)
+        if path.is_dir():
+            raise OptionError(
+                f"{path} is a directory; pass the path of a file, such as "
+                f"{path / 'bank.npz'}."
+            )
         if not path.is_file():
             raise OptionError(
                 f"there is no file {path}; retrain_subsets(..., path=...) or save() "
@@ -203,6 +208,14 @@ def _parse(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
 def _check_arrays(
     masks: np.ndarray, outputs: np.ndarray, seeds: np.ndarray | None
 ) -> None:
+    given: dict[str, object] = {"masks": masks, "outputs": outputs}
+    if seeds is not None:
+        given["seeds"] = seeds
+    for name, array in given.items():
+        if not isinstance(array, np.ndarray):
+            raise OptionError(
+                f"{name} is a {type(array).__name__}; pass a NumPy array."
+            )
     if masks.ndim != 2 or masks.dtype != np.bool_:
         raise OptionError(
             f"masks has shape {masks.shape} and dtype {masks.dtype}; pass booleans "

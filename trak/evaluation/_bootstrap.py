@@ -7,7 +7,9 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float
 
+from trak._options import integer
 from trak.errors import NonFiniteError, OptionError
+from trak.evaluation._arrays import generator, to_numpy
 
 _COVERAGE = (2.5, 97.5)  # percentiles that bound a 95 % interval
 
@@ -26,13 +28,17 @@ def bootstrap_interval(
         The lower and the upper end of the interval, in the units of ``values``.
 
     Raises:
-        OptionError: If there is no value, or no resample is asked for.
-        NonFiniteError: If a value is NaN or infinite.
+        OptionError: If ``values`` is not one axis of at least one number, no resample is
+            asked for, or ``seed`` is negative.
+        NonFiniteError: If a value is NaN or infinite, or their sum may be.
 
     Example:
         >>> bootstrap_interval(np.array([0.25, 0.25, 0.25]))
         (0.25, 0.25)
     """
+    values = to_numpy("values", values)
+    if values.ndim != 1:
+        raise OptionError(f"values has {values.ndim} axes; pass one, (k,).")
     if len(values) == 0:
         raise OptionError("values is empty; an interval needs at least one value.")
     if not np.isfinite(values).all():
@@ -42,8 +48,13 @@ def bootstrap_interval(
             f"asking for an interval.",
             index=worst,
         )
-    rng = np.random.default_rng(seed)
     size = len(values)
+    if not np.isfinite(size * float(np.abs(values).max())):
+        raise NonFiniteError(
+            f"values are up to {np.abs(values).max():.3g}, and a sum of them overflows "
+            f"float64; scale them down."
+        )
+    rng = generator(seed)
     # One resample at a time: (n_bootstrap, k) indices would not fit for many targets.
     return percentile_interval(
         lambda: float(values[rng.integers(size, size=size)].mean()),
@@ -66,7 +77,7 @@ def percentile_interval(
     Raises:
         OptionError: If no resample is asked for.
     """
-    if n_bootstrap < 1:
+    if integer("n_bootstrap", n_bootstrap) < 1:
         raise OptionError(f"n_bootstrap={n_bootstrap}; pass at least 1 resample.")
     lower, upper = np.percentile([resampled() for _ in range(n_bootstrap)], _COVERAGE)
     return float(lower), float(upper)

@@ -11,9 +11,18 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 
-from trak.errors import NonFiniteError, OptionError
+from trak._options import integer, positive
+from trak.errors import OptionError
 from trak.evaluation._archive import Plan
-from trak.evaluation._arrays import check_targets_finite, to_numpy
+from trak.evaluation._arrays import (
+    check_scores_finite,
+    check_targets_finite,
+    generator,
+    listed,
+    parse_seed,
+    to_numpy,
+    with_repeats,
+)
 from trak.evaluation._bootstrap import bootstrap_interval
 from trak.evaluation._retrain import Model, carry_out, derive_seeds
 
@@ -134,9 +143,9 @@ def counterfactual_curve(
         >>> counterfactual_curve(full, removed, ks=[5, 10]).mean
         array([0.5, 1.5])
     """
-    whole, less = np.atleast_2d(to_numpy(full)), to_numpy(removed)
-    less = less[:, None] if less.ndim == 2 else less
-    ks = _check_ks(ks)
+    whole = np.atleast_2d(to_numpy("full", full))
+    less = with_repeats(to_numpy("removed", removed))
+    ks = _parse_ks(ks)
     if whole.ndim != 2 or less.ndim != 3 or 0 in whole.shape + less.shape:
         raise OptionError(
             f"full has shape {np.shape(full)} and removed {np.shape(removed)}; pass (m,) "
@@ -176,7 +185,7 @@ def removal_masks(
         array([[ True, False,  True],
                [ True, False, False]])
     """
-    array, ks = to_numpy(scores), _check_ks(ks)
+    array, ks = to_numpy("scores", scores), _parse_ks(ks)
     if array.ndim != 2:
         raise OptionError(f"scores has {array.ndim} axes; pass scores (n, m).")
     n, m = array.shape
@@ -188,13 +197,7 @@ def removal_masks(
     masks = np.ones((len(ks), m, n), dtype=np.bool_)
     for target in range(m):
         column = array[:, target]
-        bad = np.flatnonzero(~np.isfinite(column))
-        if len(bad):
-            raise NonFiniteError(
-                f"scores is not finite for training example {bad[0]} and target "
-                f"{target}; recompute the scores before evaluating them.",
-                index=int(bad[0]),
-            )
+        check_scores_finite(column[:, None], first_target=target)
         order = np.argsort(-column.astype(np.float64), kind="stable")
         for row, k in enumerate(ks):
             masks[row, target, order[:k]] = False
@@ -249,15 +252,14 @@ def remove_and_retrain(
         StoreCorruptError: If a file there is damaged.
         StoreWriteError: If the file system refuses.
     """
-    arrays = {name: to_numpy(array) for name, array in scores.items()}
-    n, m = _check_methods(arrays)
-    if min(n_random, n_repeats, n_bootstrap) < 1 or seed < 0:
-        raise OptionError(
-            f"n_random={n_random}, n_repeats={n_repeats}, n_bootstrap={n_bootstrap} and "
-            f"seed={seed}; pass at least 1, 1, 1 and 0."
-        )
+    arrays = _parse_methods(scores)
+    n, m = next(iter(arrays.values())).shape
+    n_random = positive("n_random", n_random)
+    n_repeats = positive("n_repeats", n_repeats)
+    positive("n_bootstrap", n_bootstrap)  # before anything is trained
+    seed = parse_seed(seed)
     # Each column of random scores removes at random, the smaller sets in the larger.
-    arrays[RANDOM] = np.random.default_rng(seed).random((n, n_random))
+    arrays[RANDOM] = generator(seed).random((n, n_random))
     masks = {name: removal_masks(array, ks) for name, array in arrays.items()}
     rows = [
         np.ones((1, n), dtype=np.bool_),
@@ -302,8 +304,8 @@ def _curve(
     )
 
 
-def _check_ks(ks: Sequence[int]) -> tuple[int, ...]:
-    known = tuple(int(k) for k in ks)
+def _parse_ks(ks: Sequence[int]) -> tuple[int, ...]:
+    known = tuple(integer("an entry of ks", k) for k in listed("ks", ks))
     if not known or known[0] < 1 or any(np.diff(known) <= 0):
         raise OptionError(
             f"ks={list(known)}; pass numbers that ascend from at least 1."
@@ -311,7 +313,15 @@ def _check_ks(ks: Sequence[int]) -> tuple[int, ...]:
     return known
 
 
-def _check_methods(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
+def _parse_methods(
+    scores: Mapping[str, np.ndarray | Tensor],
+) -> dict[str, np.ndarray]:
+    if not isinstance(scores, Mapping):
+        raise OptionError(
+            f"scores is a {type(scores).__name__}; pass a dict of each method's scores, "
+            f"such as {{'trak': scores}}."
+        )
+    arrays = {name: to_numpy(f"scores[{name!r}]", x) for name, x in scores.items()}
     if not arrays or RANDOM in arrays:
         raise OptionError(
             f"scores has the methods {sorted(arrays)}; pass at least one, and none that "
@@ -324,4 +334,4 @@ def _check_methods(arrays: Mapping[str, np.ndarray]) -> tuple[int, int]:
             f"scores has shapes {shapes}; pass the same (n, m) for every method, neither "
             f"of them 0."
         )
-    return first[0], first[1]
+    return arrays

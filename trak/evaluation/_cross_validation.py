@@ -18,6 +18,7 @@ from trak.evaluation._cross_validation_checks import (
     check_arrays,
     check_options,
     check_subsets,
+    check_width,
     held_out,
     varying,
 )
@@ -30,6 +31,7 @@ from trak.evaluation._cross_validation_estimate import (
     growth,
 )
 from trak.evaluation._cross_validation_maths import (
+    near_one,
     noise_with_more,
     project_reliability,
     spearman_of,
@@ -131,7 +133,7 @@ def cross_validate(
             complementary ones, no target's outputs vary, or an argument cannot work.
         NonFiniteError: If an output, a weight or a row is NaN or infinite.
     """
-    check_options(p, multiples, exponents, columns, max_targets, n_probes)
+    check_options(p, multiples, exponents, columns, max_targets, n_probes, seed)
     check_arrays(
         [one.out_to_loss for one in checkpoints],
         [one.outputs for one in checkpoints],
@@ -200,6 +202,8 @@ def _plan(
     outputs = np.stack([checkpoints[j].outputs for j in held]).astype(np.float64)
     targets, noted = varying(outputs, max_targets)
     device: torch.device = checkpoints[0].train(0, 1).device
+    for index, one in enumerate(checkpoints):
+        check_width(index, one.train(0, 1), one.targets(0, 1), p)
     job = _Job(
         checkpoints=checkpoints,
         sizes=Sizes(n=n, m=len(targets), p=p, device=device),
@@ -320,7 +324,7 @@ def _weights(
     used = [job.checkpoints[c] for c in scorers]
     mean = np.mean([balanced(one.out_to_loss, one.members) for one in used], axis=0)
     found = [WeightExponents(result=power).result_weights(mean) for power in powers]
-    return np.stack(found, axis=1)
+    return near_one(np.stack(found, axis=1))
 
 
 def _prediction(job: _Job, j: int, one: ScoreSet, total: torch.Tensor) -> Prediction:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
-from math import isfinite, sqrt
+from math import sqrt
+from typing import SupportsFloat
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
+from torch import Tensor
 
+from trak._exponents import parse_exponents
+from trak._options import integer
 from trak.errors import NonFiniteError, OptionError
-from trak.evaluation._arrays import check_booleans
+from trak.evaluation._arrays import check_booleans, listed, parse_seed
 
+_DAMPINGS = 1e-12, 1e12  # mean eigenvalues; float64 has 16 digits
 _SAME = 0.999  # of two masks' correlation: one subset, or one and all others
 
 
@@ -22,31 +27,47 @@ def check_options(
     columns: Sequence[int],
     max_targets: int,
     n_probes: int | None,
+    seed: int,
 ) -> None:
     """Refuse options that cannot work.
 
     Raises:
         OptionError: If one cannot.
     """
-    if not multiples or not all(isfinite(one) and one > 0 for one in multiples):
+    dampings = listed("multiples", multiples)
+    low, high = _DAMPINGS
+    if not dampings or not all(
+        isinstance(one, SupportsFloat) and low <= float(one) <= high for one in dampings
+    ):
         raise OptionError(
-            f"multiples={list(multiples)}; pass dampings above 0, in mean eigenvalues."
+            f"multiples={dampings}; pass dampings above 0, in mean eigenvalues: from "
+            f"{low:g} to {high:g}, or rounding is all that is left."
         )
-    powers = [power for pair in exponents for power in pair]
-    if not powers or not all(isfinite(one) and one >= 0 for one in powers):
+    pairs = listed("exponents", exponents)
+    if not pairs or not all(_is_pair(one) for one in pairs):
         raise OptionError(
-            f"exponents={list(exponents)}; pass pairs of numbers >= 0, such as (0, 1)."
+            f"exponents={pairs}; pass a list of pairs of numbers >= 0, such as [(0, 1)]."
         )
-    if not all(1 <= one <= p for one in columns):
+    widths = [integer("an entry of columns", one) for one in listed("columns", columns)]
+    if not all(1 <= one <= p for one in widths):
         raise OptionError(
-            f"columns={list(columns)}; pass numbers from 1 to p={p}, such as p // 2."
+            f"columns={widths}; pass numbers from 1 to p={p}, such as p // 2."
         )
-    if max_targets < 1:
+    if integer("max_targets", max_targets) < 1:
         raise OptionError(f"max_targets={max_targets}; pass at least 1.")
-    if n_probes is not None and n_probes < 8:
+    if n_probes is not None and integer("n_probes", n_probes) < 8:
         raise OptionError(
             f"n_probes={n_probes} cannot measure a variance; pass at least 8."
         )
+    parse_seed(seed)
+
+
+def _is_pair(value: object) -> bool:
+    try:
+        parse_exponents(value)
+    except OptionError:
+        return False
+    return True
 
 
 def check_arrays(
@@ -74,6 +95,12 @@ def check_arrays(
             f"n={n} training examples and m={m} targets; pass 2 and 1 at least."
         )
     for index in range(len(members)):
+        three = out_to_loss[index], outputs[index], members[index]
+        if not all(isinstance(one, np.ndarray) for one in three):
+            raise OptionError(
+                f"checkpoint {index} has out_to_loss, outputs and members that are "
+                f"{', '.join(type(one).__name__ for one in three)}; pass NumPy arrays."
+            )
         shapes = (out_to_loss[index].shape, outputs[index].shape, members[index].shape)
         if shapes != ((n,), (m,), (n,)):
             raise OptionError(
@@ -84,6 +111,20 @@ def check_arrays(
         check_booleans(f"members of checkpoint {index}", members[index])
         _check_finite("out_to_loss", index, out_to_loss[index], "training example")
         _check_finite("the model output", index, outputs[index], "target")
+
+
+def check_width(checkpoint: int, train: Tensor, targets: Tensor, p: int) -> None:
+    """Refuse rows of another number of projected entries.
+
+    Raises:
+        OptionError: If they are.
+    """
+    for name, row in (("train", train), ("targets", targets)):
+        if row.ndim != 2 or row.shape[1] != p:
+            raise OptionError(
+                f"checkpoint {checkpoint} has rows of shape {tuple(row.shape)} in "
+                f"{name}(0, 1), and p={p}; pass readers of rows with p entries."
+            )
 
 
 def _check_finite(name: str, checkpoint: int, values: np.ndarray, what: str) -> None:

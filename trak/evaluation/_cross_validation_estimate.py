@@ -12,6 +12,7 @@ from jaxtyping import Float, Float32, Float64
 from trak.evaluation._cross_validation_maths import (
     deviation_bias,
     inverse_bias,
+    near_one,
     project_reliability,
 )
 
@@ -68,6 +69,7 @@ def standardized(outputs: Float64[np.ndarray, "j m"]) -> Float64[np.ndarray, "j 
                [ 0.8862]])
     """
     count = len(outputs)
+    outputs = near_one(outputs)
     deviation = outputs.std(axis=0, ddof=1) * deviation_bias(count)
     centred: np.ndarray = (outputs - outputs.mean(axis=0)) / deviation
     return centred

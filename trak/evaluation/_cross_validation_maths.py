@@ -8,8 +8,29 @@ from math import asin, exp, lgamma, pi, sqrt
 from statistics import NormalDist
 
 import numpy as np
+from jaxtyping import Float64
 
 from trak.errors import OptionError
+
+
+def near_one(values: Float64[np.ndarray, "k m"]) -> Float64[np.ndarray, "k m"]:
+    """Scale columns by powers of two, so that the largest of each is near 1.
+
+    That rounds nothing, and then neither squares nor float32 over- or underflow.
+
+    Args:
+        values: Numbers, of which only ratios within a column matter. Shape ``(k, m)``.
+
+    Returns:
+        As many numbers; a column of zeros stays one.
+
+    Example:
+        >>> near_one(np.array([[3e-300], [-6e-300]])).round(3)
+        array([[ 0.251],
+               [-0.502]])
+    """
+    scaled: np.ndarray = np.ldexp(values, -np.frexp(np.abs(values).max(axis=0))[1])
+    return scaled
 
 
 def spearman_of(pearson: float) -> float:

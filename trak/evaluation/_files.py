@@ -27,6 +27,18 @@ _DAMAGE = (
 )
 
 
+def check_writable(directory: Path) -> None:
+    """Make a directory, and find out whether files can be made in it.
+
+    Raises:
+        StoreWriteError: If the file system refuses.
+    """
+    with writing(directory, "path"):
+        directory.mkdir(parents=True, exist_ok=True)
+    with temporary_beside(directory / "new", "path"):
+        pass
+
+
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Write a file of named arrays, an ``.npz``, in the place of any that is there.
 

@@ -9,11 +9,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trak.errors import NonFiniteError, OptionError
-from trak.evaluation._arrays import to_numpy, with_repeats
+from trak.evaluation._arrays import (
+    check_scores_finite,
+    check_targets_finite,
+    to_numpy,
+    with_repeats,
+)
 from trak.evaluation._bank import GroundTruth
 from trak.evaluation._bootstrap import bootstrap_interval
 
 _MIN_SUBSETS = 3  # two subsets correlate at -1 or 1 whatever the scores are
+_TOO_LARGE = "scale it down: its parts are finite, and overflow float64 together."
 _ROWS_AT_ONCE = 4096  # scores may be memory-mapped; widen this many rows at a time
 
 
@@ -86,10 +92,11 @@ def lds(
         The mean over targets, its interval and the correlation of each target.
 
     Raises:
-        OptionError: If the shapes do not fit each other, ``masks`` is not boolean,
-            there are fewer than 3 subsets or no targets, or a target's outputs are
-            the same for every subset, or outputs are given twice or not at all.
-        NonFiniteError: If a score or an output is NaN or infinite.
+        OptionError: If the shapes do not fit each other, ``masks`` is not boolean or the
+            same for every subset, there are fewer than 3 subsets or no targets, or a
+            target's outputs are the same for every subset, or outputs are given twice or
+            not at all.
+        NonFiniteError: If a score or an output is NaN or infinite, or their sums are.
 
     Example:
         The first target's scores order the four subsets as retraining did; the second
@@ -101,13 +108,17 @@ def lds(
         >>> lds(scores, masks, outputs).per_target
         array([ 1., -1.])
     """
-    score_array = to_numpy(scores)
+    score_array = to_numpy("scores", scores)
     mask_array, output_array = _retrainings(masks, outputs)
     _check_shapes(score_array, mask_array, output_array)
     _check_outputs(output_array)
-    truth = output_array.astype(np.float64).mean(axis=1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        truth = output_array.astype(np.float64).mean(axis=1)
+        predicted = _predict(score_array, mask_array)
+    check_targets_finite("the mean of outputs", truth, _TOO_LARGE)
+    check_targets_finite("the sum of scores", predicted, _TOO_LARGE)
     _check_outputs_vary(truth)
-    per_target = _spearman(_predict(score_array, mask_array), truth)
+    per_target = _spearman(predicted, truth)
     return LdsResult(
         mean=float(per_target.mean()),
         interval=bootstrap_interval(per_target, n_bootstrap=n_bootstrap, seed=seed),
@@ -126,7 +137,7 @@ def _predict(
     magnitude = np.zeros(scores.shape[1])
     for start in range(0, len(scores), _ROWS_AT_ONCE):
         rows = scores[start : start + _ROWS_AT_ONCE].astype(np.float64)
-        _check_scores(rows, start)
+        check_scores_finite(rows, first_row=start)
         totals += masks[:, start : start + len(rows)].astype(np.float64) @ rows
         magnitude += np.abs(rows).sum(axis=0)
     # Sums of equal scores in another order differ by rounding, which has a ranking.
@@ -177,7 +188,7 @@ def _retrainings(
         raise OptionError(
             "outputs is missing; pass lds(scores, masks, outputs), or a GroundTruth."
         )
-    return to_numpy(masks), with_repeats(to_numpy(outputs))
+    return to_numpy("masks", masks), with_repeats(to_numpy("outputs", outputs))
 
 
 def _check_shapes(scores: np.ndarray, masks: np.ndarray, outputs: np.ndarray) -> None:
@@ -207,6 +218,11 @@ def _check_shapes(scores: np.ndarray, masks: np.ndarray, outputs: np.ndarray) ->
             f"s={s} subsets cannot rank anything; retrain on at least {_MIN_SUBSETS}, "
             f"better on 50 or more."
         )
+    if not (masks != masks[0]).any():
+        raise OptionError(
+            f"the s={s} subsets in masks are all the same, so scores predict the same for "
+            f"each; retrain on different ones, such as those of random_subsets."
+        )
     if m == 0 or r == 0:
         raise OptionError(
             f"outputs holds m={m} targets and r={r} retrainings a subset; pass at "
@@ -233,15 +249,4 @@ def _check_outputs_vary(truth: Float[np.ndarray, "s m"]) -> None:
             f"outputs of target {constant[0]} are {truth[0, constant[0]]:g} for every "
             f"subset, so they have no ranking; leave out such targets ({len(constant)} "
             f"here), or check that each retraining's own outputs were stored."
-        )
-
-
-def _check_scores(rows: Float[np.ndarray, "k m"], start: int) -> None:
-    bad = np.argwhere(~np.isfinite(rows))
-    if len(bad):
-        row, target = (int(index) for index in bad[0])
-        raise NonFiniteError(
-            f"scores is not finite for training example {start + row} and target "
-            f"{target}; recompute the scores before evaluating them.",
-            index=start + row,
         )

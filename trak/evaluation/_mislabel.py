@@ -9,7 +9,7 @@ from jaxtyping import Float64, Int64
 from torch import Tensor
 
 from trak.errors import NonFiniteError, OptionError
-from trak.evaluation._arrays import check_booleans, to_numpy
+from trak.evaluation._arrays import check_booleans, generator, to_numpy
 from trak.evaluation._bootstrap import percentile_interval
 
 
@@ -83,13 +83,13 @@ def mislabel_auc(
         >>> mislabel_auc(np.array([3.0, 2.0, 2.0, 1.0]), flipped).mean
         0.875
     """
-    values, flags = to_numpy(suspicion), to_numpy(flipped)
+    values, flags = to_numpy("suspicion", suspicion), to_numpy("flipped", flipped)
     _check(values, flags)
     # Whole numbers in the order of the suspicions, equal where those are.
     levels = np.unique(values, return_inverse=True)[1].astype(np.int64)
     bad, good = levels[flags], levels[~flags]
     shares = _shares_below(good, int(levels.max()) + 1)
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     interval = percentile_interval(
         lambda: _resampled(bad, good, rng), n_bootstrap=n_bootstrap
     )

@@ -13,9 +13,10 @@ from jaxtyping import Bool, Float64, Int64
 from torch import Tensor
 from tqdm import tqdm
 
+from trak._options import integer, positive
 from trak.errors import OptionError, TrakWarning
 from trak.evaluation._archive import Archive, Plan
-from trak.evaluation._arrays import check_booleans, to_numpy
+from trak.evaluation._arrays import check_booleans, listed, parse_seed, to_numpy
 from trak.evaluation._bank import GroundTruth
 
 Model = TypeVar("Model")
@@ -82,16 +83,13 @@ def retrain_subsets(
         array([[1.],
                [3.]])
     """
-    mask_array = to_numpy(masks)
+    mask_array = to_numpy("masks", masks)
     _check_masks(mask_array)
-    if n_repeats < 1 or seed < 0:
-        raise OptionError(
-            f"n_repeats={n_repeats} and seed={seed}; pass n_repeats >= 1 and seed >= 0."
-        )
-    _check_shard(shard, len(mask_array), path)
-    plan = Plan(
-        mask_array, derive_seeds(len(mask_array), n_repeats, seed), metadata or {}
+    seeds = derive_seeds(
+        len(mask_array), positive("n_repeats", n_repeats), parse_seed(seed)
     )
+    _check_shard(shard, len(mask_array), path)
+    plan = Plan(mask_array, seeds, {} if metadata is None else metadata)
     return carry_out(train, outputs, plan, path, shard=shard, progress=progress)
 
 
@@ -123,6 +121,8 @@ def carry_out(
     done = archive.read() if archive else {}
     n_targets = len(next(iter(done.values()))) if done else n_targets
     jobs = plan.jobs(*shard)
+    if archive and not done.keys() >= {*jobs}:
+        archive.prepare()
     with tqdm(total=len(jobs), desc="Retraining", disable=not progress) as bar:
         bar.update(sum(job in done for job in jobs))
         for job in jobs:
@@ -159,8 +159,8 @@ def derive_seeds(s: int, r: int, seed: int) -> Int64[np.ndarray, "s r"]:
 def _as_outputs(
     measured: np.ndarray | Tensor, m: int | None
 ) -> Float64[np.ndarray, " m"]:
-    values = np.asarray(to_numpy(measured))
-    if values.ndim != 1 or values.dtype.kind not in "fiub":
+    values = to_numpy("outputs(model)", measured)
+    if values.ndim != 1:
         raise OptionError(
             f"outputs(model) gave an array of shape {values.shape} and dtype "
             f"{values.dtype}; give one number a target, of shape (m,)."
@@ -210,7 +210,10 @@ def _check_masks(masks: Bool[np.ndarray, "s n"] | np.ndarray) -> None:
 def _check_shard(
     shard: tuple[int, int], s: int, path: str | os.PathLike[str] | None
 ) -> None:
-    index, count = shard
+    pair = listed("shard", shard)
+    if len(pair) != 2:
+        raise OptionError(f"shard={shard!r}; pass (index, count).")
+    index, count = (integer("an entry of shard", one) for one in pair)
     if not 0 <= index < count <= s:
         raise OptionError(
             f"shard={shard} of {s} subsets; pass (index, count) with index from 0 to "

@@ -9,8 +9,14 @@ import numpy as np
 from jaxtyping import Bool, Float64
 from torch import Tensor
 
-from trak.errors import NonFiniteError, OptionError
-from trak.evaluation._arrays import check_booleans, to_numpy
+from trak._options import integer
+from trak.errors import OptionError
+from trak.evaluation._arrays import (
+    check_booleans,
+    check_scores_finite,
+    listed,
+    to_numpy,
+)
 from trak.evaluation._result import TargetMean, target_mean
 
 Relevant: TypeAlias = np.ndarray | Tensor | Sequence[Iterable[int]]
@@ -62,7 +68,7 @@ def recall_at_k(
         array([0.75])
     """
     array = _two_axes(scores)
-    if not 1 <= k <= len(array):
+    if not 1 <= integer("k", k) <= len(array):
         raise OptionError(
             f"k={k} of n={len(array)} training examples; pass k from 1 to n."
         )
@@ -147,7 +153,7 @@ def _expected_reciprocal(above: int, tied: int, hits: int) -> float:
 
 
 def _two_axes(scores: np.ndarray | Tensor) -> np.ndarray:
-    array = to_numpy(scores)
+    array = to_numpy("scores", scores)
     if array.ndim != 2:
         raise OptionError(f"scores has {array.ndim} axes; pass scores (n, m).")
     return array
@@ -168,7 +174,7 @@ def _blocks(
     width = max(1, _ENTRIES_AT_ONCE // max(1, n))
     for start in range(0, m, width):
         columns = scores[:, start : start + width].astype(np.float64)
-        _check_scores(columns, start)
+        check_scores_finite(columns, first_target=start)
         stop = start + columns.shape[1]
         some = (
             _flags_of(relevant, n, start, stop)
@@ -179,12 +185,19 @@ def _blocks(
         yield columns, some
 
 
-def _is_dense(relevant: Relevant) -> bool:
-    return isinstance(relevant, np.ndarray | Tensor)
+def _is_dense(relevant: object) -> bool:
+    if isinstance(relevant, np.ndarray | Tensor):
+        return True
+    if isinstance(relevant, str) or not hasattr(relevant, "__getitem__"):
+        raise OptionError(
+            f"relevant is a {type(relevant).__name__}; pass booleans (n, m), or a list "
+            f"with the indices of each target's examples."
+        )
+    return False
 
 
 def _dense_flags(relevant: Relevant) -> np.ndarray:
-    flags = to_numpy(relevant)  # type: ignore[arg-type]  # _is_dense said so
+    flags = to_numpy("relevant", relevant)
     check_booleans("relevant", flags)
     return flags
 
@@ -194,25 +207,19 @@ def _flags_of(
 ) -> Bool[np.ndarray, "n w"]:
     flags = np.zeros((n, stop - start), dtype=np.bool_)
     for target in range(start, stop):
-        for index in relevant[target]:
-            if not 0 <= int(index) < n:
+        name = f"relevant[{target}]"
+        some = relevant[target]
+        # Entries of a tensor of booleans would pass for indices.
+        entries = some.tolist() if isinstance(some, Tensor) else some
+        for given in listed(name, entries):
+            index = integer(f"an index in {name}", given)
+            if not 0 <= index < n:
                 raise OptionError(
-                    f"relevant[{target}] has the index {int(index)}, and there are "
-                    f"n={n} training examples; indices are 0 to {n - 1}."
+                    f"{name} has the index {index}, and there are n={n} training "
+                    f"examples; indices are 0 to {n - 1}."
                 )
-            flags[int(index), target - start] = True
+            flags[index, target - start] = True
     return flags
-
-
-def _check_scores(columns: Float64[np.ndarray, "n w"], start: int) -> None:
-    bad = np.argwhere(~np.isfinite(columns))
-    if len(bad):
-        row, target = (int(index) for index in bad[0])
-        raise NonFiniteError(
-            f"scores is not finite for training example {row} and target "
-            f"{start + target}; recompute the scores before evaluating them.",
-            index=row,
-        )
 
 
 def _check_relevant(flags: Bool[np.ndarray, "n w"], start: int) -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from math import isfinite
+
 import numpy as np
 from jaxtyping import Bool
 
+from trak._options import integer
 from trak.errors import OptionError
+from trak.evaluation._arrays import generator
 
 
 def random_subsets(
@@ -25,14 +29,15 @@ def random_subsets(
         Which training examples each subset holds. Shape ``(s, n)``.
 
     Raises:
-        OptionError: If ``s`` is negative, or a subset would hold none or all of the
-            examples.
+        OptionError: If ``s`` or ``seed`` is negative, or a subset would hold none or all
+            of the examples.
 
     Example:
         >>> random_subsets(6, 2).sum(axis=1)
         array([3, 3])
     """
-    size = int(fraction * n)
+    n, s, rng = integer("n", n), integer("s", s), generator(seed)
+    size = int(fraction * n) if isfinite(fraction) else 0
     if not 0 < size < n:
         raise OptionError(
             f"fraction={fraction} of n={n} training examples is a subset of {size}; a "
@@ -40,7 +45,6 @@ def random_subsets(
         )
     if s < 0:
         raise OptionError(f"s={s} subsets cannot be drawn; pass s >= 0.")
-    rng = np.random.default_rng(seed)
     masks = np.zeros((s, n), dtype=np.bool_)
     for mask in masks:
         mask[rng.permutation(n)[:size]] = True

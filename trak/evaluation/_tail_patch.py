@@ -59,7 +59,8 @@ def tail_patch(
         >>> tail_patch(np.array([2.0, 1.0]), np.array([1.5, 1.0])).mean
         0.25
     """
-    old, new = to_numpy(before), np.atleast_2d(to_numpy(after))
+    old = to_numpy("before", before)
+    new = np.atleast_2d(to_numpy("after", after))
     if old.ndim != 1 or new.ndim != 2 or new.shape[1:] != old.shape or len(new) == 0:
         raise OptionError(
             f"before has shape {np.shape(before)} and after {np.shape(after)}; pass (m,), "
@@ -100,7 +101,8 @@ def tail_patch_losses(
         The loss of each target before and after its step. Shape ``(m,)`` each.
 
     Raises:
-        OptionError: If ``learning_rate`` is not positive, or ``top`` is not (m, k).
+        OptionError: If ``learning_rate`` is not positive, ``top`` is not (m, k), or an
+            index is negative.
         ModelModeError: If the model is in training mode.
         GradientError: If no parameter requires a gradient.
         TaskError: If ``loss`` gives no number.
@@ -111,11 +113,16 @@ def tail_patch_losses(
             f"learning_rate={learning_rate}; pass a positive number, such as that of the "
             f"last steps of training."
         )
-    indices = to_numpy(top)
+    indices = to_numpy("top", top)
     if indices.ndim != 2 or indices.shape[1] == 0 or indices.dtype.kind not in "iu":
         raise OptionError(
             f"top has shape {indices.shape} and dtype {indices.dtype}; pass integers "
             f"(m, k), one row a target."
+        )
+    if (indices < 0).any():
+        raise OptionError(
+            f"top has the index {indices.min()}, which is that of no training example; "
+            f"pass indices from 0 on."
         )
     _check_model(model)
     before, after = np.empty(len(indices)), np.empty(len(indices))
@@ -156,11 +163,16 @@ def _stepped(
                 parameter.copy_(value)
 
 
-def _number(loss: Tensor, where: str, target: int) -> float:
-    if loss.numel() != 1:
+def _number(loss: object, where: str, target: int) -> float:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = (
+            f"has shape {tuple(loss.shape)}"
+            if isinstance(loss, Tensor)
+            else f"is a {type(loss).__name__}"
+        )
         raise TaskError(
-            f"loss(model, batch) has shape {tuple(loss.shape)} {where}; return the mean "
-            f"over the batch, one number."
+            f"loss(model, batch) {got} {where}; return the mean over the batch, a tensor "
+            f"of one number."
         )
     value = float(loss.detach())
     if not np.isfinite(value):

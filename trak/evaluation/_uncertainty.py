@@ -9,15 +9,17 @@ import numpy as np
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from trak._exponents import Exponents
-from trak.errors import OptionError
-from trak.evaluation._arrays import to_numpy
+from trak._exponents import Exponents, parse_exponents
+from trak._options import integer
+from trak.errors import NonFiniteError, OptionError
+from trak.evaluation._arrays import check_targets_finite, generator, to_numpy
 from trak.evaluation._cross_validation_maths import (
     correlation_of_overlap,
     overlap_of_normals,
     project_reliability,
 )
 
+_TOO_LARGE = "scale the scores down: their squares overflow float64."
 _SPLITS = 4  # pairs of halves of the checkpoints whose top examples are compared
 
 
@@ -74,13 +76,16 @@ def standard_errors(
         The standard errors. Shape ``(n, m)``.
 
     Raises:
-        OptionError: If there are fewer than 2 checkpoints, or shapes do not fit.
+        OptionError: If there are fewer than 2 checkpoints, shapes do not fit, or the
+            exponent is negative.
+        NonFiniteError: If a score or a weight is NaN or infinite, or a square of one
+            overflows.
 
     Example:
         >>> standard_errors(np.array([[[1.0]], [[3.0]]]))
         array([[1.]])
     """
-    blocks, weights = checked(kernels, out_to_loss)
+    blocks, weights = checked(kernels, out_to_loss, exponent)
     count = len(blocks)
     total = blocks.sum(axis=0, dtype=np.float64)
     mean, squares = np.zeros_like(total), np.zeros_like(total)
@@ -91,8 +96,10 @@ def standard_errors(
             left *= _result_weights(others, exponent)
         step = left - mean
         mean += step / (index + 1)
-        squares += step * (left - mean)  # Welford: no cancellation where all agree
+        with np.errstate(over="ignore"):  # which is looked for below
+            squares += step * (left - mean)  # Welford: no cancellation where all agree
     result: np.ndarray = np.sqrt(squares * (count - 1) / count)
+    check_targets_finite("the standard error", result, _TOO_LARGE)
     return result
 
 
@@ -154,20 +161,24 @@ def top_k_stability(
         The overlaps, target by target.
 
     Raises:
-        OptionError: If there are fewer than 2 checkpoints, no block, shapes do not fit, or
-            ``k`` is not between 1 and ``n - 1``.
+        OptionError: If there are fewer than 2 checkpoints, no block or target, shapes do
+            not fit, ``k`` is not between 1 and ``n - 1``, or the exponent or the seed is
+            negative.
+        NonFiniteError: If a score or a weight is NaN or infinite.
     """
     shares: list[np.ndarray] = []
     count = n = 0
     for block in blocks:
-        kernels, weights = checked(block, out_to_loss)
+        kernels, weights = checked(block, out_to_loss, exponent)
         count, n = kernels.shape[:2]
-        if not 0 < k < n:
-            raise OptionError(f"k={k} of n={n} examples; pass 1 to {n - 1}.")
+        if not 0 < integer("k", k) < n:
+            raise OptionError(f"k={k} of n={n} examples; pass 1 to n - 1.")
         shares.append(_overlaps(kernels, weights, k, exponent, seed))
-    if not shares:
-        raise OptionError("there is no block of scores; pass at least one.")
-    halves = np.concatenate(shares)
+    halves = np.concatenate([np.zeros(0), *shares])
+    if len(halves) == 0:
+        raise OptionError(
+            "there is no block of scores; pass at least one, with at least one target."
+        )
     values, place = np.unique(halves, return_inverse=True)
     latent = [correlation_of_overlap(float(one), k / n) for one in values]
     whole = [project_reliability(one, count / (count // 2)) for one in latent]
@@ -189,7 +200,7 @@ def _overlaps(
 ) -> Float64[np.ndarray, " m"]:
     """Average the overlap of the top k of two halves, over a few splits."""
     count, n, m = kernels.shape
-    rng = np.random.default_rng(seed)
+    rng = generator(seed)
     half, total = count // 2, np.zeros(m)
     splits = 1 if count == 2 else _SPLITS
     for _ in range(splits):
@@ -207,21 +218,27 @@ def _overlaps(
 
 
 def checked(
-    kernels: np.ndarray | Tensor, out_to_loss: np.ndarray | Tensor | None
+    kernels: np.ndarray | Tensor,
+    out_to_loss: np.ndarray | Tensor | None,
+    exponent: float,
 ) -> tuple[np.ndarray, np.ndarray | None]:
     """Give scores and weights as arrays of shapes that fit.
 
     Args:
         kernels: Scores of each checkpoint. Shape ``(c, n, m)``.
         out_to_loss: Their weights, or None. Shape ``(c, n)``.
+        exponent: The power of the weights.
 
     Returns:
         Both.
 
     Raises:
-        OptionError: If there are fewer than 2 checkpoints, or shapes do not fit.
+        OptionError: If there are fewer than 2 checkpoints, shapes do not fit, or the
+            exponent is negative.
+        NonFiniteError: If a number is NaN or infinite.
     """
-    blocks = to_numpy(kernels)
+    parse_exponents((0.0, exponent))
+    blocks = to_numpy("kernels", kernels)
     if blocks.ndim != 3:
         raise OptionError(
             f"the scores have {blocks.ndim} axes; pass (c, n, m), those of each "
@@ -232,12 +249,20 @@ def checked(
             f"{len(blocks)} checkpoints do not tell how much checkpoints differ; pass at "
             f"least 2."
         )
+    check_targets_finite("kernels", blocks, "compute the scores again.")
     if out_to_loss is None:
         return blocks, None
-    weights = to_numpy(out_to_loss).astype(np.float64)
+    weights = to_numpy("out_to_loss", out_to_loss).astype(np.float64)
     if weights.shape != blocks.shape[:2]:
         raise OptionError(
             f"out_to_loss has shape {weights.shape} beside scores of {blocks.shape}; pass "
             f"(c, n)={blocks.shape[:2]}."
+        )
+    if not np.isfinite(weights).all():
+        checkpoint, row = (int(i) for i in np.argwhere(~np.isfinite(weights))[0])
+        raise NonFiniteError(
+            f"out_to_loss of checkpoint {checkpoint} is {weights[checkpoint, row]} for "
+            f"training example {row}; leave the checkpoint out.",
+            index=row,
         )
     return blocks, weights

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trak._members import balanced
 from trak.errors import OptionError
-from trak.evaluation._arrays import to_numpy
+from trak.evaluation._arrays import check_targets_finite, listed, to_numpy
 from trak.evaluation._cross_validation_checks import (
     check_arrays,
     check_subsets,
@@ -20,6 +20,7 @@ from trak.evaluation._cross_validation_checks import (
 )
 from trak.evaluation._cross_validation_choice import Trial, choose, tabulate
 from trak.evaluation._cross_validation_estimate import Prediction, correlate
+from trak.evaluation._cross_validation_maths import near_one
 from trak.evaluation._uncertainty import checked, combine
 
 TARGETS = 64
@@ -44,18 +45,22 @@ def soft_threshold(
         The shrunk scores. Shape ``(n, m)``.
 
     Raises:
-        OptionError: If a level is negative or NaN.
+        OptionError: If a level is negative or NaN, or neither one number nor one a target.
+        NonFiniteError: If a score is NaN or infinite.
 
     Example:
         >>> soft_threshold(np.array([[3.0], [-0.5]]), 1.0)
         array([[2.],
                [0.]])
     """
-    if not bool(np.all(np.asarray(level) >= 0)):
-        raise OptionError(f"level={level}; pass thresholds >= 0.")
-    values = to_numpy(scores).astype(np.float64)
+    values, levels = _scores(scores), to_numpy("level", level)
+    if levels.shape not in {(), values.shape[1:]} or not bool((levels >= 0).all()):
+        raise OptionError(
+            f"level={level}; pass thresholds >= 0: one, or one for each of the "
+            f"{values.shape[1]} targets."
+        )
     # Not by the sign, which would leave negative zeros.
-    shrunk: np.ndarray = values - np.clip(values, -np.asarray(level), level)
+    shrunk: np.ndarray = values - np.clip(values, -levels, levels)
     return shrunk
 
 
@@ -63,6 +68,8 @@ def threshold_keeping(
     scores: np.ndarray | Tensor, share: float
 ) -> Float64[np.ndarray, " m"]:
     """Find each target's threshold that leaves a share of its scores above 0.
+
+    Scores that tie at the threshold go together, so that fewer may be left.
 
     Args:
         scores: Scores. Shape ``(n, m)``.
@@ -72,7 +79,8 @@ def threshold_keeping(
         The thresholds; 0 for a share of 1. Shape ``(m,)``.
 
     Raises:
-        OptionError: If the share is not in (0, 1].
+        OptionError: If the share is not in (0, 1], or there are no examples.
+        NonFiniteError: If a score is NaN or infinite.
 
     Example:
         >>> threshold_keeping(np.array([[4.0], [-3.0], [2.0], [1.0]]), 0.5)
@@ -80,12 +88,22 @@ def threshold_keeping(
     """
     if not 0 < share <= 1:
         raise OptionError(f"share={share}; pass a share in (0, 1].")
-    sizes = np.abs(to_numpy(scores)).astype(np.float64)
+    sizes = np.abs(_scores(scores))
+    if len(sizes) == 0:
+        raise OptionError("scores has no training example; pass at least one.")
     drop = len(sizes) - max(1, round(share * len(sizes)))
     if drop == 0:
         return np.zeros(sizes.shape[1])
     level: np.ndarray = np.partition(sizes, drop - 1, axis=0)[drop - 1]
     return level
+
+
+def _scores(scores: np.ndarray | Tensor) -> Float64[np.ndarray, "n m"]:
+    values = to_numpy("scores", scores)
+    if values.ndim != 2:
+        raise OptionError(f"scores has {values.ndim} axes; pass scores (n, m).")
+    check_targets_finite("scores", values, "compute the scores again.")
+    return values.astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -111,8 +129,8 @@ class ThresholdChoice:
 def choose_threshold(
     kernels: np.ndarray | Tensor,
     out_to_loss: np.ndarray | Tensor | None,
-    members: Bool[np.ndarray, "c n"],
-    outputs: Float[np.ndarray, "c m"],
+    members: np.ndarray | Tensor,
+    outputs: np.ndarray | Tensor,
     *,
     exponent: float = 1.0,
     shares: Sequence[float] = SHARES,
@@ -135,12 +153,19 @@ def choose_threshold(
 
     Raises:
         OptionError: If there are fewer than 3 checkpoints trained on a part of the
-            training set, shapes do not fit, a share is not in (0, 1], two subsets are
-            the same or complementary, or no output varies.
-        NonFiniteError: If a weight or an output is NaN or infinite.
+            training set, shapes do not fit, a share is not in (0, 1], the exponent is
+            negative, two subsets are the same or complementary, or no output varies.
+        NonFiniteError: If a score, a weight or an output is NaN or infinite.
     """
-    blocks, weights = checked(kernels, out_to_loss)
+    tried = tuple(dict.fromkeys([1.0, *map(float, listed("shares", shares))]))
+    blocks, weights = checked(kernels, out_to_loss, exponent)
+    members, outputs = to_numpy("members", members), to_numpy("outputs", outputs)
     count, n, m = blocks.shape
+    if not len(members) == len(outputs) == count:
+        raise OptionError(
+            f"kernels are of {count} checkpoints, members of {len(members)} and outputs "
+            f"of {len(outputs)}; pass the same checkpoints."
+        )
     shown = np.ones((count, n)) if weights is None else weights
     check_arrays(list(shown), list(outputs), list(members), n, m)
     if weights is not None:
@@ -154,7 +179,6 @@ def choose_threshold(
         )
     real = outputs[held].astype(np.float64)
     targets, _ = varying(real, TARGETS)
-    tried = tuple(dict.fromkeys([1.0, *map(float, shares)]))
     trials = []
     for share in tried:
         found = correlate(
@@ -189,7 +213,7 @@ def _thresholded(
     """Predict checkpoint ``j`` from the shrunk scores of the others."""
     others = np.arange(len(kernels)) != j
     own = None if weights is None else weights[others]
-    scores = combine(kernels[others], own, exponent)
+    scores = near_one(combine(kernels[others], own, exponent))
     shrunk = soft_threshold(scores, threshold_keeping(scores, share))
     shrunk -= shrunk.mean(axis=0)
     n, size = len(shrunk), int(members[j].sum())
