@@ -16,6 +16,7 @@ from tests import problems, reference
 from tests.contracts.method_contract import MethodContract
 from tests.problems import Problem, classes, classification, draw, randomized, split
 from trak import modelout_functions
+from trak._batches import take
 from trak.errors import (
     BatchError,
     CheckpointError,
@@ -275,6 +276,25 @@ def test_lissa_agrees_with_conjugate_gradients() -> None:
     assert 1e-4 < error < 0.3
 
 
+@pytest.mark.parametrize("half", [None, range(0, 11, 2)])
+def test_lissa_weighs_batches_by_their_sizes(half: Any) -> None:
+    """The mean over a pass of batches of several sizes is that over examples."""
+    problem = make(checkpoints=1, n=12)
+    method = InfluenceFunction(
+        *(problem.model, problem.task, problem.checkpoints),
+        solver="lissa",
+        train_inds=[half],
+    )
+    cuts = [slice(0, 9), slice(9, 11), slice(11, 12)]
+    method.fit([take(problem.train, cut) for cut in cuts])
+    rows = method._signs(2, 0)
+    batches = len([*method._member_batches(0)])
+    assert batches == (3 if half is None else 2)
+    drawn = method._noisy_operators(0, torch.Generator().manual_seed(0))
+    found = sum(next(drawn)(rows) for _ in range(batches)) / batches
+    torch.testing.assert_close(found, method._operator(0)(rows))
+
+
 def test_lissa_that_diverges_says_to_raise_the_scale() -> None:
     problem = make()
     method = InfluenceFunction(
@@ -483,6 +503,28 @@ def assert_ekfac_is_of_its_layers(problem: Problem) -> EKFAC:
 def test_ekfac_of_positions_and_convolutions() -> None:
     problem = classification(Shared(), 1, 5, 4, checkpoints=1, n=7)
     assert assert_ekfac_is_of_its_layers(problem).coverage == 1 - 4 / 47
+
+
+class Again(nn.Module):
+    """A layer that one pass calls three times, once for nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 4)
+        self.inner = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.first(images[:, 0])
+        self.inner(hidden)
+        hidden = torch.tanh(self.inner(hidden)).mean(1)
+        return self.head(torch.tanh(self.inner(hidden)))
+
+
+def test_ekfac_of_a_layer_that_is_called_again() -> None:
+    """Its gradient is the sum over calls, and so are what eigenvalues are of."""
+    problem = classification(Again(), 1, 5, 5, checkpoints=1, n=7)
+    assert assert_ekfac_is_of_its_layers(problem).coverage == 1.0
 
 
 def language_model(kind: str) -> Problem:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Float32
 from torch import Tensor, nn
 
-from trak._batches import canonical
+from trak._batches import batch_size, canonical
 from trak._options import integer, positive
 from trak._types import Batch, GradWrt
 from trak.errors import OptionError, TrakWarning
@@ -224,14 +224,15 @@ class InfluenceFunction(CurvatureMethod):
     def _noisy_operators(
         self, c: int, generator: torch.Generator
     ) -> Iterator[Operator]:
-        """Draw batches, each as often as any other in a pass, whatever its size."""
+        """Draw batches, each as often as any other in a pass, weighted by their sizes."""
         batches = list(self._member_batches(c))
+        a_batch = self._member_count(c) / len(batches)
         while True:
             for i in torch.randperm(len(batches), generator=generator).tolist():
-                yield self._operator_of(batches[i])
+                yield self._operator_of(batches[i], batch_size(batches[i]) / a_batch)
 
-    def _operator_of(self, batch: Batch) -> Operator:
-        return lambda rows: self._curvature.of_batch(canonical(batch), rows)
+    def _operator_of(self, batch: Batch, weight: float) -> Operator:
+        return lambda rows: weight * self._curvature.of_batch(canonical(batch), rows)
 
     def _start(self, c: int) -> Float[Tensor, "k d"]:
         return self._signs(1, self._seed + c)

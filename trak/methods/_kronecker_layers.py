@@ -109,6 +109,9 @@ def _is_a_matrix(module: Any, rule: LayerRule | None) -> bool:
 class Listener(LayerRule):
     """A rule that forms nothing, and hands on what gradients would be formed of.
 
+    What a layer got in several calls of one pass is handed on together, as positions of
+    one call: its gradient is the sum over them.
+
     Args:
         layer: The layer.
         b: Number of examples.
@@ -119,6 +122,21 @@ class Listener(LayerRule):
         self._layer, self._b, self._take = layer, b, take
         rule = rule_for(layer.station.module)
         self._rule: Any = rule
+        self._calls = 0
+        self._held: list[tuple[Tensor, Tensor]] = []
+
+    def count_call(self, *_: Any) -> None:
+        """Take note that the layer was called; a forward hook of it."""
+        self._calls += 1
+
+    def hand_on(self) -> None:
+        """Hand on what is held, if anything is."""
+        if self._held:
+            rows, slopes = (
+                torch.cat(parts, 1) for parts in zip(*self._held, strict=True)
+            )
+            self._held.clear()
+            self._take(rows, slopes)
 
     def refusal(self, module: Any, inputs: Tensor, output_grad: Tensor) -> str | None:
         """Say what the layer's own rule says."""
@@ -140,7 +158,9 @@ class Listener(LayerRule):
         slopes = slopes.reshape(self._b, -1, slopes.shape[-1])
         if self._layer.bias is not None:
             rows = F.pad(rows, (0, 1), value=1.0)
-        self._take(rows, slopes)
+        self._held.append((rows, slopes))
+        if len(self._held) == self._calls:
+            self.hand_on()
         return iter(())
 
     def bytes_per_example(
@@ -214,18 +234,25 @@ def listening(
         The pass, with its findings.
     """
     b = batch_size(batch)
+    listeners = [Listener(it, b, take(it)) for it in layers]
     stations = [
         Station(
             it.station.name,
             it.station.module,
-            Listener(it, b, take(it)),
+            listener,
             {"weight": it.weight},
             excluded=set(it.station.excluded),
             copies_inputs=it.station.copies_inputs,
             copies_outputs=it.station.copies_outputs,
         )
-        for it in layers
+        for it, listener in zip(layers, listeners, strict=True)
     ]
     tape = Tape(stations, b, _All(), tuple(x.shape[1:] for x in row_leaves(batch)))
-    with tape.listening(model):
+    with contextlib.ExitStack() as stack:
+        for it, listener in zip(layers, listeners, strict=True):
+            hook = it.station.module.register_forward_hook(listener.count_call)
+            stack.callback(hook.remove)
+        stack.enter_context(tape.listening(model))
         yield tape
+        for listener in listeners:  # of which some calls have no gradient
+            listener.hand_on()
