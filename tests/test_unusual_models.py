@@ -265,3 +265,43 @@ def test_projectors_that_change_what_they_inherit(tmp_path: Path, way: str) -> N
     found = torch.from_numpy(traker.saver.current_store["grads"] + 0.0)
     expected, _, _ = problem.parts(projector)
     torch.testing.assert_close(found.double(), expected[0], rtol=2e-3, atol=2e-3)
+
+
+class Writes(torch.nn.Module):
+    """Doubles its input where it lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x.mul_(2))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [HookGradientComputer, FunctionalGradientComputer, IterativeGradientComputer],
+)
+def test_a_model_that_writes_to_its_input_leaves_the_batch_alone(kind: Any) -> None:
+    model = randomized_model(Writes())
+    task = resolve_task("image_classification")
+    options = {"grad_dim": 15, "dtype": torch.float32, "device": "cpu"}
+    x, y = (
+        torch.randn(5, 4, generator=torch.Generator().manual_seed(0)),
+        torch.arange(5) % 3,
+    )
+    batch = x.clone(), y
+    computer = kind(model, task, **options)
+    computer.load_model_params(model)
+    weights = [computer.compute_loss_grad(batch) for _ in range(2)]
+    computer.compute_per_sample_grad(batch)
+    weights.append(computer.compute_loss_grad(batch))
+    torch.testing.assert_close(batch[0], x)
+    expected = task.get_out_to_loss_grad(model.layer, None, None, (2 * x, y))
+    for found in weights:
+        torch.testing.assert_close(found, expected)
+
+
+def randomized_model(model: torch.nn.Module) -> torch.nn.Module:
+    model.load_state_dict(randomized(model, 0))
+    return model.eval()

@@ -9,6 +9,7 @@ from torch import Tensor
 from trak._batches import (
     as_arguments,
     batch_size,
+    copied,
     describe_value,
     rebuild,
     row_leaves,
@@ -104,6 +105,7 @@ class FunctionalGradientComputer(SelectiveGradientComputer):
             TrakError: Whatever the task itself raises.
         """
         selected = {name: self.func_weights[name] for name in self.selection.names}
+        batch = copied(batch)  # for models that write to their inputs
         leaves = row_leaves(batch)
         if batch_size(batch) == 0:
             grads = {name: w.new_empty(0, *w.shape) for name, w in selected.items()}
@@ -153,5 +155,5 @@ class FunctionalGradientComputer(SelectiveGradientComputer):
         """
         with torch.no_grad():
             return self.modelout_fn.get_out_to_loss_grad(
-                self.model, self.func_weights, self.func_buffers, batch
+                self.model, self.func_weights, self.func_buffers, copied(batch)
             )

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from trak._batches import batch_size, rebuild, row_leaves
+from trak._batches import batch_size, copied, rebuild, row_leaves
 from trak._types import Batch
 from trak.errors import TrakWarning
 from trak.gradient_computers._abstract import SelectiveGradientComputer
@@ -155,7 +155,7 @@ class HookGradientComputer(SelectiveGradientComputer):
         weights = {name: value.detach() for name, value in inner.named_parameters()}
         with torch.no_grad(), recording.replayed(inner):
             return self.modelout_fn.get_out_to_loss_grad(
-                inner, weights, dict(inner.named_buffers()), batch
+                inner, weights, dict(inner.named_buffers()), copied(batch)
             )
 
     def _made(self) -> Engine:

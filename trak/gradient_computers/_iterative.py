@@ -79,7 +79,7 @@ class IterativeGradientComputer(SelectiveGradientComputer):
         if b == 0:
             return rows
         alone = self._first_alone(batch)
-        outputs = self._outputs(batch)
+        outputs = self._outputs(copied(batch))
         if not isinstance(outputs, Tensor) or outputs.shape != (b,):
             raise TaskError(
                 f"{type(self.modelout_fn).__name__} gives outputs of "
@@ -156,4 +156,6 @@ class IterativeGradientComputer(SelectiveGradientComputer):
             The entries of Q (Park et al., 2023, Section 3.4). Shape ``(b, 1)``.
         """
         with torch.no_grad():
-            return self.modelout_fn.get_out_to_loss_grad(self.model, None, None, batch)
+            return self.modelout_fn.get_out_to_loss_grad(
+                self.model, None, None, copied(batch)
+            )
