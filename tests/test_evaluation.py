@@ -251,6 +251,11 @@ def test_subsets_have_exact_size_and_follow_the_seed(s):
     assert (masks == random_subsets(11, 8, fraction=0.3, seed=5)[:s]).all()
 
 
+def test_a_share_of_whole_examples_is_whole():
+    for percent in range(1, 100):
+        assert random_subsets(100, 1, fraction=percent / 100).sum() == percent
+
+
 def test_subsets_cover_examples_evenly():
     counts = random_subsets(50, 400).sum(axis=0)
     # Binomial(400, 1/2) has standard deviation 10; five of them never happen.
