@@ -197,7 +197,7 @@ class TracIn(_Products):
         \tau_{ij} = \sum_c \eta_c\, Q_{c,i}\; g_c(z_i)^\top g_c(z_j)
 
     A gradient step of length :math:`\eta_c` on the loss of :math:`z_i` raises the output
-    of :math:`z_j` by its term (Pruthi et al., 2020, Section 3.2;
+    of :math:`z_j` by its term (Pruthi et al., 2020, Section 3.3;
     https://arxiv.org/abs/2002.08484). The paper takes the target's loss; here it is the
     output, as for every method. Checkpoints should be of one training run.
 
