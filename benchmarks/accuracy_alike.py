@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import facts_models
 import numpy as np
 import torch
 from accuracy_setting import Setting
@@ -11,6 +12,8 @@ from accuracy_setting import Setting
 
 def alike(setting: Setting) -> np.ndarray:
     """Compare inputs by cosine; labels say with which sign. Shape ``(n, m)``."""
+    if setting.truth.task == "causal_lm":
+        return _bm25(setting)
     options, split = setting.line.options, setting.truth.split
     embed = _embedder(setting, options.get("of", "inputs"))
     left, right = embed(split.train, split.targets)
@@ -27,6 +30,24 @@ def alike(setting: Setting) -> np.ndarray:
 
 def _unit(rows: np.ndarray) -> np.ndarray:
     return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)
+
+
+def _bm25(setting: Setting) -> np.ndarray:
+    """Compare texts by the words they share, as a search engine does."""
+    import bm25s
+
+    pieces = facts_models.Pieces(setting.truth.root / facts_models.PIECES)
+    texts, targets = (
+        [
+            pieces.decode(row[mask > 0][1:-1].tolist())
+            for row, mask in zip(*part, strict=True)
+        ]
+        for part in (setting.truth.split.train, setting.truth.split.targets)
+    )
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(texts, show_progress=False), show_progress=False)
+    words = bm25s.tokenize(targets, return_ids=False, show_progress=False)
+    return np.stack([index.get_scores(part) for part in words], axis=1)
 
 
 def _embedder(setting: Setting, of: str) -> Callable[..., tuple]:
@@ -48,7 +69,7 @@ def _word_counts(*parts: tuple) -> tuple:
 @torch.no_grad()
 def _sentences(setting: Setting, *parts: tuple) -> tuple:
     """Average the last states of the encoder as it comes, without any training."""
-    encoder, found = setting.truth.make().eval().bert, []
+    encoder, found = setting.truth.build().eval().bert, []
     for part in parts:
         rows = []
         for ids, kinds, mask, _ in zip(*(p.split(64) for p in part), strict=True):

@@ -12,6 +12,8 @@ import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import facts_data
+import facts_models
 import numpy as np
 import torch
 from torch import Tensor
@@ -21,6 +23,7 @@ FILES = {
     "cifar": "cifar10_jpeg60k.tar.xz",
     "sst2": "sst2_sentences.{train,dev}.txt",
     "rte": "rte_{train,validation}.parquet and kronfluence_lds_groundtruth.npz",
+    "webnlg": f"{facts_data.FILE}, {facts_models.WEIGHTS} and {facts_models.PIECES}",
 }
 """``mnist70k.npz``: ``x_train``, ``y_train``, ``x_test``, ``y_test``. The archive:
 ``{train,test}/CLASS/NNNN.jpg``. The sentences: ``LABEL text``, a line each."""
@@ -146,6 +149,14 @@ def rte(root: Path, tokens: int) -> Split:
         ids = tokenize(list(zip(first, second, strict=True)), tokens)
         parts.append((*ids, torch.tensor(labels)))
     return Split(*parts)
+
+
+def webnlg(root: Path, tokens: int) -> Split:
+    """Read texts of facts, and their held-out paraphrases, as pieces of the Llama."""
+    pieces = facts_models.Pieces(root / facts_models.PIECES)
+    facts = facts_data.read(root, is_short=lambda text: pieces.fits(text, tokens))
+    rows = [text.text for text in facts.texts], [query.text for query in facts.queries]
+    return Split(*(pieces.batch(texts, tokens) for texts in rows))
 
 
 def tokenize(texts: list, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

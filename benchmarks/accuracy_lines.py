@@ -156,7 +156,7 @@ def variants(setting: Setting) -> Lines:
             late.append({k: v.clone() for k, v in model.state_dict().items()})
 
     own, data = np.flatnonzero(setting.halves[0]), truth.split.train
-    train(truth.make, truth.loss, data, own, 0, truth.recipe, keep)
+    train(truth.build, truth.loss, data, own, 0, truth.recipe, keep)
 
     def gradients(state: dict[str, torch.Tensor]) -> tuple:
         with tempfile.TemporaryDirectory(prefix="accuracy-") as directory:
@@ -167,7 +167,10 @@ def variants(setting: Setting) -> Lines:
 
     checkpoints = [(setting.checkpoint(c), setting.halves[c]) for c in range(count)]
     exponents = tuple(TASK_TO_MODELOUT[truth.task].exponents)
-    found = tried(truth.model, exponents, checkpoints, late, gradients)
+    lengths = None
+    if truth.task == "causal_lm":
+        lengths = truth.split.train[1].sum(1).double().numpy()
+    found = tried(truth.model, exponents, checkpoints, late, gradients, lengths)
     for trained, name, scores in found:
         yield Step(trained, lambda scores=scores: scores, label=name)
 
@@ -295,7 +298,7 @@ def _trained_again(setting: Setting, run: int, most: int) -> tuple[list, list[fl
 
     indices = np.flatnonzero(setting.halves[run])
     data = truth.split.train
-    train(truth.make, truth.loss, data, indices, run, truth.recipe, keep)
+    train(truth.build, truth.loss, data, indices, run, truth.recipe, keep)
     middle = [(epoch + 0.5) / epochs for epoch in sorted(chosen)]
     return states, [truth.recipe.rate * min(x / 0.2, (1 - x) / 0.8) for x in middle]
 

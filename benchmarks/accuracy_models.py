@@ -116,6 +116,16 @@ def text_loss(model: nn.Module, batch: Batch) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), labels)
 
 
+def token_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Give the mean over all tokens of the batch, as transformers does."""
+    ids, mask = (part[:, : int(batch[1].sum(1).max())] for part in batch)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    labels = ids.where(mask > 0, -100)[:, 1:]
+    return nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels.flatten()
+    )
+
+
 def value_loss(model: nn.Module, batch: Batch) -> Tensor:
     x, y = batch
     return 0.5 * nn.functional.mse_loss(model(x).squeeze(-1), y)

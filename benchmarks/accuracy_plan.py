@@ -29,6 +29,9 @@ SMALL = ("digits", "diabetes", "mnist", "cifar4")
 
 TEXT = ("sst2", "rte")
 
+LANGUAGE = ("webnlg",)
+"""Truths of language models."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -89,6 +92,8 @@ def lines(truth: str, n_checkpoints: int, n_given: int, plan: str) -> list[Line]
     most = 5 if plan == "quick" else n_checkpoints
     counts = tuple(count for count in CHECKPOINTS if count <= min(most, n_checkpoints))
     found = [Line("training", "training")]
+    if truth in LANGUAGE:
+        return [*found, *_language(counts)]
     found += _baselines(truth)
     found += _ours(counts)
     found += _sizes(truth, counts, plan)
@@ -165,6 +170,36 @@ def _gradients(counts: tuple[int, ...]) -> Iterator[Line]:
     yield Line("TracIn", "tracin", runs)
     yield Line("GAS", "gas", runs)
     yield Line("representations", "representations", counts, {"same_label": False})
+
+
+def _language(counts: tuple[int, ...]) -> Iterator[Line]:
+    yield Line("random", "random")
+    yield Line("BM25", "similarity")
+    yield Line("TRAK", "trak", counts, needs="sparse")
+    yield Line("TRAK, p=8192", "trak", counts, needs="wide")
+    yield Line("TRAK by damping and exponents", "grid", counts, needs="sparse")
+    for p in SKETCHES:
+        yield Line(
+            "traker's arithmetic",
+            "arithmetic",
+            counts,
+            {"p": p},
+            f"p={p}",
+            is_default=p == 2048,
+            needs="wide",
+        )
+    few = tuple(count for count in counts if count <= 5)
+    yield Line("what was tried", "variants", few[-1:], needs="exact")
+    yield from _gradients(counts)
+    for multiple in (0.01, 0.1, 1.0):
+        yield Line(
+            "EK-FAC",
+            "ekfac",
+            few,
+            {"multiple": multiple},
+            f"{multiple:g}",
+            is_default=multiple == 0.1,
+        )
 
 
 def _theirs(truth: str, counts: tuple[int, ...], plan: str) -> Iterator[Line]:

@@ -52,13 +52,7 @@ class Setting:
     @cached_property
     def targets(self) -> list[Any]:
         """Batches of the targets that are scored."""
-        left, found = self.m, []
-        for batch in self.truth.batches("targets"):
-            found.append(tuple(part[:left] for part in batch))
-            left -= len(found[-1][0])
-            if left == 0:
-                break
-        return found
+        return self.truth.batches("targets", self.m)
 
     @property
     def n(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 
 import accuracy_data as data
 import accuracy_models as models
+import facts_models
 import numpy as np
 import torch
 from accuracy_models import Recipe
@@ -34,7 +35,9 @@ class Truth:
     name: str
     title: str
     task: str
-    make: Callable[[], nn.Module]
+    make: Callable[..., nn.Module]
+    """Builds it: of the directory of the data, if ``from_root``."""
+
     loss: Callable[[nn.Module, models.Batch], Tensor]
     read: Callable[[Path], data.Split]
     recipe: Recipe
@@ -45,8 +48,18 @@ class Truth:
     batch: int = 100
     """Examples that are featurized at a time."""
 
+    names: tuple[str, ...] = ()
+    """What the task calls the columns of a batch; none where it takes a tuple."""
+
+    from_root: bool = False
+    """Whether the model's first weights are read with the data."""
+
     root: Path = Path()
     """Directory of the data."""
+
+    def build(self) -> nn.Module:
+        """Make a model to be trained."""
+        return self.make(self.root) if self.from_root else self.make()
 
     @cached_property
     def split(self) -> data.Split:
@@ -57,21 +70,32 @@ class Truth:
         """A model to load checkpoints into."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return self.make().eval()
+            return self.build().eval()
 
     @property
     def metadata(self) -> dict[str, Any]:
         shape = {"n": self.split.n, "m": self.split.m}
         return {"truth": self.name, **shape, **self.recipe.as_dict()}
 
-    def batches(self, part: str) -> list[models.Batch]:
-        """Give the training examples (``"train"``) or the targets, a batch at a time."""
-        columns = [c.split(self.batch) for c in getattr(self.split, part)]
-        return list(zip(*columns, strict=True))
+    def batches(self, part: str, count: int | None = None) -> list[Any]:
+        """Give the training examples (``"train"``) or the targets, a batch at a time.
+
+        Args:
+            part: Which.
+            count: How many, the first ones; None for all.
+
+        Returns:
+            Batches as the task takes them.
+        """
+        columns = [c[:count].split(self.batch) for c in getattr(self.split, part)]
+        rows = list(zip(*columns, strict=True))
+        if self.names:
+            return [dict(zip(self.names, row, strict=True)) for row in rows]
+        return rows
 
     def train(self, indices: np.ndarray, seed: int) -> nn.Module:
         return models.train(
-            self.make, self.loss, self.split.train, indices, seed, self.recipe
+            self.build, self.loss, self.split.train, indices, seed, self.recipe
         )
 
     @torch.no_grad()
@@ -202,7 +226,19 @@ RTE = Truth(
     n_checkpoints=5,
     batch=16,
 )
+WEBNLG = Truth(
+    name="webnlg",
+    title="WebNLG 1,294 texts, Llama (260k)",
+    task="causal_lm",
+    make=facts_models.llama,
+    loss=models.token_loss,
+    read=lambda root: data.webnlg(root, 64),
+    recipe=Recipe(8, 3e-3, batch=32, optimizer="adamw", decay=0.01),
+    n_checkpoints=10,
+    batch=64,
+    names=("input_ids", "attention_mask"),
+    from_root=True,
+)
 
-TRUTHS = {
-    truth.name: truth for truth in (DIGITS, DIABETES, MNIST, CIFAR4, CIFAR2, SST2, RTE)
-}
+ALL = DIGITS, DIABETES, MNIST, CIFAR4, CIFAR2, SST2, RTE, WEBNLG
+TRUTHS = {truth.name: truth for truth in ALL}

@@ -22,6 +22,7 @@ BLOCKS = 16
 COPIES = 5
 """Copies of one checkpoint, or epochs of one run, that stand for checkpoints."""
 DROPPED = 0.05
+SUMMED = "outputs summed over tokens"
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,8 @@ class Tried:
     """Sums over checkpoints, by variant."""
 
     exponents: tuple[float, float]
+    lengths: np.ndarray | None = None
+    """Tokens of the training texts, where a text's output is their mean. Shape ``(n,)``."""
 
     def __post_init__(self) -> None:
         self.sums: dict[str, Tensor | float] = defaultdict(float)
@@ -249,6 +252,12 @@ class Tried:
             self.sums[f"{power:g}"] += ridge(one, power)
         for name, kernel in KERNELS.items():
             self.sums[name] += kernel(one, a)
+        if self.lengths is not None:
+            scale = torch.from_numpy(self.lengths)
+            gram, cross = one.gram * scale[:, None] * scale, one.cross * scale[:, None]
+            summed = Products(gram, cross, weights, members)
+            for power in (0.0, 1.0):
+                self.sums[f"{SUMMED} {power:g}"] += ridge(summed, power)
         return one
 
     def base(self) -> np.ndarray:
@@ -272,8 +281,17 @@ class Tried:
                 found = self.sums[f"{powers[0]:g}"]
                 yield name, self._weighted(found, powers[1])
         for name in self.sums:
-            if not name[0].isdigit():
+            if not name[0].isdigit() and not name.startswith(SUMMED):
                 yield name, self._weighted(self.sums[name], b)
+        if self.lengths is not None:
+            scale = self.lengths[:, None]
+            yield "times the tokens of the text", scale * self._weighted(base, b)
+            for power in (0.0, 1.0):
+                found = self.sums[f"{SUMMED} {power:g}"]
+                pair = f"{SUMMED}, exponents ({power:g}, {1 - power:g})"
+                yield pair, self._weighted(found, 1 - power)
+                again = scale * self._weighted(found, 1 - power)
+                yield f"{pair}, times the tokens", again
 
     def _weighted(
         self, total: Tensor | float, b: float, *, raw: bool = False
@@ -289,6 +307,7 @@ def tried(
     checkpoints: list[tuple[dict[str, Tensor], np.ndarray]],
     late: list[dict[str, Tensor]],
     gradients: Gradients,
+    lengths: np.ndarray | None = None,
 ) -> Iterator[tuple[int, str, np.ndarray]]:
     """Score with every variant.
 
@@ -298,12 +317,13 @@ def tried(
         checkpoints: Weights, and the mask of the examples they were trained on.
         late: Weights of late epochs of the first checkpoint's run.
         gradients: Computes rows, targets and weights of a checkpoint.
+        lengths: Tokens of the training examples, if they are texts.
 
     Yields:
         How many checkpoints were trained, the variant and its scores ``(n, m)``; for the
         first and for all.
     """
-    found = Tried(exponents)
+    found = Tried(exponents, lengths)
     for c, (checkpoint, members) in enumerate(checkpoints):
         rows, targets, weights = gradients(checkpoint)
         one = found.add(rows, targets, weights, members)

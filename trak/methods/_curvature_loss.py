@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F  # noqa: N812  PyTorch's own name for it
@@ -15,6 +14,13 @@ from torch.nn import Module
 from trak._batches import batch_size, describe_value
 from trak._types import Batch
 from trak.errors import NonFiniteError, OptionError, TaskError
+from trak.methods._likelihoods import (
+    Bernoulli,
+    Gaussian,
+    Likelihood,
+    Softmax,
+    Tokens,
+)
 from trak.modelout_functions import (
     AbstractModelOutput,
     BinaryClassificationModelOutput,
@@ -27,6 +33,7 @@ from trak.modelout_functions import (
 )
 from trak.modelout_functions._calls import call_for_logits, split_labels
 from trak.modelout_functions._margins import check_class_labels
+from trak.modelout_functions._tokens import IGNORED, TokenModelOutput
 
 MeanLoss = Callable[[Module, Batch], Tensor]
 """``(model, batch) -> ()``, the mean loss of a batch."""
@@ -36,100 +43,6 @@ _SOFTMAX = (
     IterativeImageClassificationModelOutput,
     TextClassificationModelOutput,
 )
-
-
-@runtime_checkable
-class Likelihood(Protocol):
-    """What a model's outputs say of labels; the loss is its negative logarithm."""
-
-    def sample(
-        self, outputs: Float[Tensor, "b ..."], generator: torch.Generator
-    ) -> Float[Tensor, "b ..."]:
-        """Differentiate the loss by the outputs, at labels drawn from the model.
-
-        Args:
-            outputs: The model's outputs, of whatever shape. Shape ``(b, ...)``.
-            generator: Draws the labels.
-
-        Returns:
-            A gradient whose covariance is the loss's Hessian. Shape ``(b, ...)``.
-        """
-
-    def roots(self, outputs: Float[Tensor, "b ..."]) -> list[Float[Tensor, "b ..."]]:
-        """Factor the Hessian of the loss by the outputs.
-
-        Args:
-            outputs: The model's outputs. Shape ``(b, ...)``.
-
-        Returns:
-            Vectors whose outer products sum to the Hessian of each example.
-        """
-
-
-class Softmax:
-    """Classes with the probabilities of a softmax.
-
-    Args:
-        temperature: Divides the logits.
-    """
-
-    def __init__(self, temperature: float = 1.0) -> None:
-        self._temperature = temperature
-
-    def sample(
-        self, outputs: Float[Tensor, "b k"], generator: torch.Generator
-    ) -> Float[Tensor, "b k"]:
-        """Return ``p - e_y`` for a class ``y`` drawn with probabilities ``p``."""
-        chances = (outputs / self._temperature).softmax(1)
-        # One number an example: how a batch is cut does not matter.
-        uniform = _uniform(chances[:, :1], generator)
-        drawn = (chances.double().cumsum(1) < uniform).sum(1, keepdim=True)
-        drawn = drawn.clamp(max=chances.shape[1] - 1)  # the sum may fall short of 1
-        hits = torch.zeros_like(chances).scatter_(1, drawn, 1.0)
-        return (chances - hits) / self._temperature
-
-    def roots(self, outputs: Float[Tensor, "b k"]) -> list[Float[Tensor, "b k"]]:
-        """Return ``sqrt(p_y) (p - e_y)`` for every class ``y``."""
-        chances = (outputs / self._temperature).softmax(1)
-        units = torch.eye(chances.shape[1], dtype=chances.dtype, device=chances.device)
-        return [
-            chances[:, [y]].sqrt() * (chances - units[y]) / self._temperature
-            for y in range(chances.shape[1])
-        ]
-
-
-class Gaussian:
-    """Numbers with unit variance around the outputs."""
-
-    def sample(
-        self, outputs: Float[Tensor, " b"], generator: torch.Generator
-    ) -> Float[Tensor, " b"]:
-        """Return ones: only the square of a number's noise counts, and its mean is 1."""
-        return torch.ones_like(outputs)
-
-    def roots(self, outputs: Float[Tensor, " b"]) -> list[Float[Tensor, " b"]]:
-        """Return ones: the Hessian of half the square."""
-        return [torch.ones_like(outputs)]
-
-
-class Bernoulli:
-    """Independent labels 0 and 1, whose log-odds are the outputs."""
-
-    def sample(
-        self, outputs: Float[Tensor, "b ..."], generator: torch.Generator
-    ) -> Float[Tensor, "b ..."]:
-        """Return ``p - y`` for drawn labels ``y``."""
-        chances = outputs.sigmoid()
-        return chances - (_uniform(chances, generator) < chances).to(chances.dtype)
-
-    def roots(self, outputs: Float[Tensor, "b ..."]) -> list[Float[Tensor, "b ..."]]:
-        """Return ``sqrt(p (1 - p))``, one label at a time."""
-        chances = outputs.sigmoid()
-        root = (chances * (1 - chances)).sqrt()
-        if root.ndim == 1:
-            return [root]
-        columns = torch.eye(root.shape[1], dtype=root.dtype, device=root.device)
-        return [root * column for column in columns]
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,7 +140,8 @@ def loss_of_task(task: AbstractModelOutput) -> TrainingLoss:
     """Find the training loss that a task's out-to-loss weights belong to.
 
     Args:
-        task: A task of classes, of numbers or of binary labels, or a ``FunctionTask``.
+        task: A task of classes, of tokens, of numbers or of binary labels, or a
+            ``FunctionTask``.
 
     Returns:
         The loss.
@@ -237,6 +151,8 @@ def loss_of_task(task: AbstractModelOutput) -> TrainingLoss:
     """
     if isinstance(task, _SOFTMAX):
         return _softmax_loss(task)
+    if isinstance(task, TokenModelOutput):
+        return _token_loss(task)
     if isinstance(task, RegressionModelOutput):
         return TrainingLoss(
             lambda model, batch: task._forward(model, None, None, batch)[0],
@@ -277,9 +193,27 @@ def _softmax_loss(task: AbstractModelOutput) -> TrainingLoss:
     return TrainingLoss(outputs, losses, Softmax(temperature))
 
 
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.rand(like.shape, generator=generator, dtype=torch.float64)
-    return drawn.to(like.device)
+def _token_loss(task: TokenModelOutput) -> TrainingLoss:
+    """Give the cross-entropy of a text, its tokens' mean or sum as the output is."""
+
+    def outputs(model: Module, batch: Batch) -> Float[Tensor, "b t k"]:
+        logits, labels = task.logits_and_labels(model, None, None, batch)
+        is_labelled = labels != IGNORED
+        weights = is_labelled.to(logits.dtype)
+        if task.reduction == "mean":
+            weights = weights / weights.sum(1, keepdim=True)
+        known = labels.where(is_labelled, 0).to(logits.dtype)
+        return torch.cat([logits, known[..., None], weights[..., None]], dim=-1)
+
+    def losses(values: Float[Tensor, "b t k"], batch: Batch) -> Float[Tensor, " b"]:
+        del batch
+        logits, labels, weights = values[..., :-2], values[..., -2], values[..., -1]
+        entropies = F.cross_entropy(
+            logits.transpose(1, 2), labels.long(), reduction="none"
+        )
+        return (entropies * weights).sum(1)
+
+    return TrainingLoss(outputs, losses, Tokens())
 
 
 def _labels(task: AbstractModelOutput, outputs: Tensor, batch: Batch) -> Tensor:

@@ -1,0 +1,221 @@
+"""A model of facts: how it is trained, asked and compared, whichever model it is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import accuracy_models as models
+import facts_data
+import facts_models
+import numpy as np
+import torch
+from accuracy_models import Recipe
+from facts_data import Facts
+from torch import Tensor, nn
+
+TOKENS = 64
+"""Longest text, in pieces of the Llama."""
+
+IGNORED = -100
+BATCH = 64
+
+Mapping = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class FactModel(ABC):
+    """A language model, the texts that it is trained on, and the facts it is asked."""
+
+    root: Path
+    """Directory of the data."""
+
+    recipe: Recipe
+    name: str = ""
+    title: str = ""
+    task: str = ""
+
+    @cached_property
+    def facts(self) -> Facts:
+        """The same texts and queries for every model."""
+        pieces = facts_models.Pieces(self.root / facts_models.PIECES)
+        return facts_data.read(
+            self.root, is_short=lambda text: pieces.fits(text, TOKENS)
+        )
+
+    @abstractmethod
+    def build(self) -> nn.Module:
+        """Make a model to be trained."""
+
+    @property
+    @abstractmethod
+    def texts(self) -> tuple[Tensor, ...]:
+        """What it is trained on. Shapes ``(n, ...)``."""
+
+    @property
+    @abstractmethod
+    def queries(self) -> Mapping:
+        """What it is asked, with labels of the answers alone. Shapes ``(m, ...)``."""
+
+    @abstractmethod
+    def as_batch(self, columns: tuple[Tensor, ...]) -> Mapping:
+        """Give training texts as the model and the task take them."""
+
+    @abstractmethod
+    def states(self, model: nn.Module, batch: Mapping) -> Tensor:
+        """Average the last states of a text. Shape ``(b, k)``."""
+
+    @property
+    def n(self) -> int:
+        return len(self.facts.texts)
+
+    @property
+    def m(self) -> int:
+        return len(self.facts.queries)
+
+    @cached_property
+    def train_batches(self) -> list[Mapping]:
+        parts = zip(*(part.split(BATCH) for part in self.texts), strict=True)
+        return [self.as_batch(columns) for columns in parts]
+
+    @cached_property
+    def query_batches(self) -> list[Mapping]:
+        parts = {k: v.split(BATCH) for k, v in self.queries.items()}
+        count = len(next(iter(parts.values())))
+        return [{k: v[i] for k, v in parts.items()} for i in range(count)]
+
+    def loss(self, model: nn.Module, columns: tuple[Tensor, ...]) -> Tensor:
+        """Compute the mean over the tokens of a batch, as transformers does."""
+        return model(**self.as_batch(columns), use_cache=False).loss
+
+    def train(
+        self,
+        indices: np.ndarray,
+        seed: int,
+        keep: Callable[[int, nn.Module], None] | None = None,
+    ) -> nn.Module:
+        return models.train(
+            self.build, self.loss, self.texts, indices, seed, self.recipe, keep
+        )
+
+    @torch.no_grad()
+    def answers(self, model: nn.Module) -> tuple[np.ndarray, np.ndarray]:
+        """Ask every fact.
+
+        Returns:
+            Mean margins of the tokens of the answers, and whether each token is the most
+            likely one after those before it. Shape ``(m,)`` each.
+        """
+        logits = model(**self.queries, use_cache=False).logits.double()
+        labels = self.queries["labels"]
+        if self.task == "causal_lm":
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        asked = labels != IGNORED
+        known = labels.where(asked, 0)[..., None]
+        logp = logits.log_softmax(-1).gather(-1, known)[..., 0]
+        rest = logits.scatter(-1, known, -torch.inf).logsumexp(-1)
+        margins = logp - (rest - logits.logsumexp(-1))
+        means = (margins * asked).sum(1) / asked.sum(1)
+        right = ((logits.argmax(-1) == labels) | ~asked).all(1)
+        return means.numpy(), right.numpy()
+
+
+_LLAMA = Recipe(12, 4e-3, batch=16, optimizer="adamw", decay=0.01)
+_T5 = Recipe(30, 2e-3, batch=32, optimizer="adamw", decay=0.01)
+
+
+@dataclass(frozen=True)
+class Llama(FactModel):
+    """Reads a text from its beginning; is given the text up to the answer."""
+
+    recipe: Recipe = _LLAMA
+    name: str = "llama"
+    title: str = "Llama (260k), fine-tuned"
+    task: str = "causal_lm"
+
+    @cached_property
+    def _pieces(self) -> facts_models.Pieces:
+        return facts_models.Pieces(self.root / facts_models.PIECES)
+
+    def build(self) -> nn.Module:
+        return facts_models.llama(self.root)
+
+    @cached_property
+    def texts(self) -> tuple[Tensor, ...]:
+        return self._pieces.batch([text.text for text in self.facts.texts], TOKENS)
+
+    @cached_property
+    def queries(self) -> Mapping:
+        ids, mask = self._pieces.batch([q.text for q in self.facts.queries], TOKENS)
+        labels = torch.full_like(ids, IGNORED)
+        for row, query in enumerate(self.facts.queries):
+            start = 1 + len(self._pieces.encode(query.prompt))
+            stop = start + len(self._pieces.encode(query.answer))
+            labels[row, start:stop] = ids[row, start:stop]
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def as_batch(self, columns: tuple[Tensor, ...]) -> Mapping:
+        ids, mask = (part[:, : int(columns[1].sum(1).max())] for part in columns)
+        labels = ids.where(mask > 0, IGNORED)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    def states(self, model: nn.Module, batch: Mapping) -> Tensor:
+        mask = batch["attention_mask"]
+        found = model.model(batch["input_ids"], attention_mask=mask, use_cache=False)
+        weights = mask[..., None].float()
+        return (found.last_hidden_state * weights).sum(1) / weights.sum(1)
+
+
+@dataclass(frozen=True)
+class T5(FactModel):
+    """Fills the hole of a text where a name was."""
+
+    recipe: Recipe = _T5
+    name: str = "t5"
+    title: str = "T5 (1.0M), from scratch"
+    task: str = "seq2seq_lm"
+
+    @cached_property
+    def _words(self) -> facts_models.Words:
+        return facts_models.Words([text.text for text in self.facts.texts])
+
+    def build(self) -> nn.Module:
+        return facts_models.t5(len(self._words))
+
+    @cached_property
+    def texts(self) -> tuple[Tensor, ...]:
+        pairs = [facts_data.with_hole(text) for text in self.facts.texts]
+        return tuple(self._words.batch(part) for part in zip(*pairs, strict=True))
+
+    @cached_property
+    def queries(self) -> Mapping:
+        asked = [f"{q.prompt} {facts_data.HOLE}." for q in self.facts.queries]
+        said = [q.answer for q in self.facts.queries]
+        return self.as_batch((self._words.batch(asked), self._words.batch(said)))
+
+    def as_batch(self, columns: tuple[Tensor, ...]) -> Mapping:
+        source, target = (part[:, : int((part > 0).sum(1).max())] for part in columns)
+        return {
+            "input_ids": source,
+            "attention_mask": (source > 0).long(),
+            "labels": target.where(target > 0, IGNORED),
+        }
+
+    def states(self, model: nn.Module, batch: Mapping) -> Tensor:
+        mask = batch["attention_mask"]
+        found = model.encoder(batch["input_ids"], attention_mask=mask)
+        weights = mask[..., None].float()
+        return (found.last_hidden_state * weights).sum(1) / weights.sum(1)
+
+
+KINDS: dict[str, Callable[..., FactModel]] = {"llama": Llama, "t5": T5}
+
+
+def open_model(name: str, root: Path, **changes: Any) -> FactModel:
+    """Choose a model, with changes to its recipe."""
+    model = KINDS[name](root)
+    return replace(model, recipe=replace(model.recipe, **changes)) if changes else model
