@@ -26,7 +26,7 @@ IGNORED = -100
 """Label of a token that is not predicted, as in ``transformers`` and in PyTorch."""
 
 
-class _TokenModelOutput(AbstractModelOutput):
+class TokenModelOutput(AbstractModelOutput):
     """Margins and out-to-loss of tokens; labels stand where their logits do."""
 
     def __init__(self, reduction: str = "mean") -> None:
@@ -98,6 +98,25 @@ class _TokenModelOutput(AbstractModelOutput):
             missing = torch.sigmoid(-margins)  # 1 - p without the subtraction
             return _by_sequence(missing, is_labelled, "mean").unsqueeze(1)
 
+    def logits_and_labels(
+        self,
+        model: Module,
+        weights: Weights | None,
+        buffers: Weights | None,
+        batch: Batch,
+    ) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
+        """Call the model, and bring each label to the logits that predict it.
+
+        Returns:
+            Logits, and labels, which are -100 where nothing is predicted.
+
+        Raises:
+            BatchError: If a label is no token, or a sequence has none.
+        """
+        logits, labels = self._read(model, weights, buffers, batch)
+        _check_labels(labels, labels != IGNORED, logits.shape[-1])
+        return logits, labels
+
     def _margins(
         self,
         model: Module,
@@ -150,7 +169,7 @@ class _TokenModelOutput(AbstractModelOutput):
         return _aligned(logits, labels)
 
 
-class CausalLMModelOutput(_TokenModelOutput):
+class CausalLMModelOutput(TokenModelOutput):
     r"""The margins of a text's tokens, each predicted from those before it.
 
     With the margin :math:`m_t = \log p_t / (1 - p_t)` of token :math:`t` given the
@@ -195,7 +214,7 @@ class CausalLMModelOutput(_TokenModelOutput):
         return logits[:, :-1], labels[:, 1:]
 
 
-class MaskedLMModelOutput(_TokenModelOutput):
+class MaskedLMModelOutput(TokenModelOutput):
     """The margins of the tokens that were masked, each from the others.
 
     As :class:`CausalLMModelOutput`, but the logits at a position predict its own label.
@@ -213,7 +232,7 @@ class MaskedLMModelOutput(_TokenModelOutput):
     """
 
 
-class Seq2SeqLMModelOutput(_TokenModelOutput):
+class Seq2SeqLMModelOutput(TokenModelOutput):
     """The margins of the target's tokens, given the source and the tokens before.
 
     As :class:`CausalLMModelOutput`, for encoder-decoder models: ``labels`` are the target's
