@@ -38,6 +38,7 @@ from trak.methods._curvature_loss import loss_of_task
 from trak.methods._kronecker import precondition, squared_rotated
 from trak.methods._kronecker_layers import Listener
 from trak.methods._solvers import conjugate_gradients, lanczos, lissa
+from trak.modelout_functions import CausalLMModelOutput
 
 DAMPING = 0.05
 
@@ -746,6 +747,72 @@ def test_products_of_zero_rows_and_unused_parameters() -> None:
     empty = torch.zeros(0, 14, dtype=torch.float64)
     assert products.over([problem.train], empty).shape == (0, 14)
     assert products.over([], torch.ones(1, 14, dtype=torch.float64)).sum() == 0
+
+
+class _Speaker(nn.Module):
+    """Predicts a token from the one before it alone."""
+
+    def __init__(self, words: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(words, words).double()
+        self.head = nn.Linear(words, words).double()
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return self.head(self.embed(input_ids))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_loss_of_texts_is_that_of_their_labelled_tokens(reduction: str) -> None:
+    model, ids = _Speaker(3), classes(8, 3, seed=5).view(2, 4)
+    labels = ids.clone()
+    labels[0, 2:] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    loss = loss_of_task(CausalLMModelOutput(reduction))
+    found = loss.of_outputs(loss.call(model, batch), batch)
+    for row, (tokens, known) in enumerate(zip(ids, labels, strict=True)):
+        entropy = cross_entropy(
+            model(tokens)[:-1], known[1:], ignore_index=-100, reduction=reduction
+        )
+        torch.testing.assert_close(found[row], entropy)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_likelihood_of_tokens_factors_the_hessian_of_their_loss(
+    reduction: str,
+) -> None:
+    model, ids = _Speaker(3), classes(4, 3, seed=6).view(1, 4)
+    labels = ids.clone()
+    labels[0, 1] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    loss = loss_of_task(CausalLMModelOutput(reduction))
+    outputs = loss.outputs(model, batch).detach()
+    assert loss.likelihood is not None
+
+    def one(logits: Tensor) -> Tensor:
+        again = torch.cat([logits, outputs[..., -2:]], dim=-1)
+        return loss.of_outputs(again, batch)[0]
+
+    hessian = torch.autograd.functional.hessian(one, outputs[..., :-2])
+    roots = torch.stack(loss.likelihood.roots(outputs))
+    assert roots[..., -2:].abs().sum() == 0
+    flat = roots[..., :-2].reshape(len(roots), -1)
+    factored = flat.T @ flat
+    torch.testing.assert_close(factored, hessian.reshape(factored.shape))
+    generator = torch.Generator().manual_seed(0)
+    many = outputs.expand(20000, *outputs.shape[1:])
+    drawn = loss.likelihood.sample(many, generator)
+    assert drawn[..., -2:].abs().sum() == 0
+    drawn = drawn[..., :-2].reshape(20000, -1)
+    torch.testing.assert_close(drawn.T @ drawn / 20000, factored, rtol=0, atol=0.06)
+
+
+@pytest.mark.parametrize("kind", [InfluenceFunction, EKFAC])
+def test_language_models_have_influence_functions(kind: Any) -> None:
+    """A text of the training set is explained by itself first."""
+    model, ids = _Speaker(6), torch.tensor([[0, 1, 2], [3, 4, 5], [2, 4, 0]])
+    method = kind(model, "causal_lm", [model.state_dict()])
+    scores = method.fit([{"input_ids": ids}]).score([{"input_ids": ids}])
+    assert (scores.argmax(0) == np.arange(3)).all()
 
 
 # -- what is refused ------------------------------------------------------------------
