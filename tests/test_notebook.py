@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "cifar_quickstart.ipynb"
+PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 FIGURES = ["pictures", "self", "retraining"]
 
 
@@ -121,7 +122,7 @@ def test_it_runs_from_top_to_bottom(tmp_path):
         **os.environ,
         "CIFAR10": "digits",
         "IPYTHONDIR": str(tmp_path / "ipython"),
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": PYTHONPATH,
     }
     subprocess.run(
         [
