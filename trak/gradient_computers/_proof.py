@@ -51,6 +51,7 @@ _ROUNDS = 100
 class Subject(Protocol):
     """What is checked."""
 
+    model: Any
     modelout_fn: Any
 
     def outputs(self, batch: Batch) -> Tensor:
