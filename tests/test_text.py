@@ -541,6 +541,17 @@ def test_a_slow_tokenizer_takes_pairs_apart(tmp_path: Path) -> None:
     assert answer.tokens == known.tokens
 
 
+def test_a_slow_tokenizer_may_say_texts_otherwise() -> None:
+    class Words(Slow):
+        def decode(self, token_ids: list[int], **options: Any) -> str:
+            return super().decode(token_ids, **options).strip()
+
+    answer = answer_of(" is tokyo", tokenizer=Words())
+    assert answer.text == "is tokyo"
+    assert answer.tokens() == ["is", " toky", "o"]
+    assert select("span", answer, "tokyo").tokens() == [" toky", "o"]
+
+
 # -- texts and batches ----------------------------------------------------------------
 
 

@@ -94,6 +94,9 @@ def read_answer(
         head = tokenizing.prompt(prompt)
         ids, first = head + answer, len(head)
         spans = [(0, 0)] * first + tokenizing.decoded(answer)
+    if isinstance(answer, str) and not tokenizing.has_offsets:
+        # Spans are of what the tokens say, which may lack a space.
+        text = tokenizing.decode((target or ids)[first:])
     tokenizing.check(name if is_seq2seq else f"{name} with its answer", ids)
     if isinstance(answer, str):
         # What the tokenizer puts around a text stands for no characters.
