@@ -424,6 +424,19 @@ def test_one_checkpoint_is_the_models_own(tmp_path: Path) -> None:
     )
 
 
+def test_the_models_own_weights_may_be_one_of_several_checkpoints(
+    tmp_path: Path,
+) -> None:
+    """Loading the others into the model does not change them."""
+    model = Reader()
+    first, last = checkpoints(model)
+    known = attribute(tmp_path / "0", checkpoints=[last, first]).explain("go", " on")
+    found = attribute(
+        tmp_path / "1", model, checkpoints=[last, model.state_dict()]
+    ).explain("go", " on")
+    np.testing.assert_array_equal(found.train_scores, known.train_scores)
+
+
 def test_train_inds_are_passed_on(tmp_path: Path) -> None:
     one = attribute(
         tmp_path,
@@ -695,6 +708,7 @@ def test_a_source_is_needed(tmp_path: Path) -> None:
             "prompt with its answer has 17 tokens",
         ),
         ({"prompt": "go", "generation": " on", "k": 0}, "k=0"),
+        ({"prompt": "go", "max_new_tokens": 0}, "max_new_tokens=0"),
         ({"prompt": []}, "at least one"),
         ({"prompt": ["go"], "generation": " on"}, "generation is a list of as many"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 from collections.abc import Iterable, Sequence
@@ -80,10 +81,7 @@ class TextAttributor:
         config = getattr(model, "config", None)
         self._is_seq2seq = bool(getattr(config, "is_encoder_decoder", False))
         if checkpoints is None:
-            # Copies, as state_dict() gives references.
-            checkpoints = [
-                {k: v.detach().clone() for k, v in model.state_dict().items()}
-            ]
+            checkpoints = [model.state_dict()]
         if isinstance(checkpoints, dict) or not len(checkpoints):
             raise OptionError(
                 "checkpoints is no list of state dicts, or an empty one; pass at least the "
@@ -97,7 +95,7 @@ class TextAttributor:
         if batch_size < 1:
             raise OptionError(f"batch_size={batch_size}; pass a number from 1 on.")
         self._model, self._batch_size = model, batch_size
-        self._tokenizer, self._checkpoints = tokenizer, checkpoints
+        self._tokenizer, self._checkpoints = tokenizer, _owned(checkpoints, model)
         self._tokenizing = Tokenizing(
             model,
             tokenizer,
@@ -200,7 +198,14 @@ class TextAttributor:
             queries = [("prompt", prompt, generation, "span", span)]
         else:
             queries = _zipped(prompt, generation, span)
+        if max_new_tokens < 1:
+            raise OptionError(
+                f"max_new_tokens={max_new_tokens}; pass the most that the model says, from "
+                f"1 on, or generation, what it said."
+            )
         generate_options["max_new_tokens"] = max_new_tokens
+        if any(said is None for _, _, said, _, _ in queries):
+            self._model.load_state_dict(self._checkpoints[-1])
         answers = []
         for name, text, said, span_name, part in queries:
             answer = self._answer(name, text, said, generate_options)
@@ -221,7 +226,6 @@ class TextAttributor:
         else:
             ids = self._tokenizing.prompt(prompt)
             self._tokenizing.check(name, ids)
-            self._model.load_state_dict(self._checkpoints[-1])
             answer = generate(
                 self._model,
                 self._tokenizer,
@@ -280,6 +284,19 @@ class TextAttributor:
         )
         device = torch.device(self.traker.device)
         return collate(texts, self._model, device, has_mask=has_mask)
+
+
+def _owned(checkpoints: Sequence[Weights], model: torch.nn.Module) -> Sequence[Weights]:
+    """Copy checkpoints that are the model's own tensors: loading others changes those."""
+    if not isinstance(checkpoints, list | tuple):
+        return checkpoints
+    own = {value.data_ptr() for value in model.parameters()}
+    return [
+        copy.deepcopy(one)
+        if any(torch.is_tensor(v) and v.data_ptr() in own for v in one.values())
+        else one
+        for one in checkpoints
+    ]
 
 
 def _zipped(
