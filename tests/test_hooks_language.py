@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tests.problems import draw
 from tests.test_hooks_models import T5, assert_exact, compute, randomize
 from trak.gradient_computers._ladder import Rung
+from trak.gradient_computers._self_check import trimmed
 
 IDS = torch.tensor([
     [3, 9, 4, 1, 5, 9, 2],
@@ -137,3 +138,22 @@ def test_language_models(name: str) -> None:
     torch.testing.assert_close(found, known, rtol=1e-7, atol=1e-9 * scale)
     slow = computer.coverage.share(Rung.VMAP) + computer.coverage.share(Rung.LOOP)
     assert slow < 0.1 if name in RELATIVE else slow == 0
+
+
+def test_padding_of_a_source_is_not_cut_off_the_target() -> None:
+    """Where both are equally long: the check of padding would compare other outputs."""
+    ids = torch.tensor([[5, 6, 0]])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (ids > 0).long(),
+        "labels": ids + 1,
+        "decoder_input_ids": ids + 2,
+    }
+    cut = trimmed(batch, is_seq2seq=True)
+    assert {key: value.shape[1] for key, value in cut.items()} == {
+        "input_ids": 2,
+        "attention_mask": 2,
+        "labels": 3,
+        "decoder_input_ids": 3,
+    }
+    assert trimmed(batch)["labels"].shape == (1, 2)

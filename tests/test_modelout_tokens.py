@@ -19,8 +19,12 @@ from trak.modelout_functions import (
     FunctionTask,
     MaskedLMModelOutput,
     Seq2SeqLMModelOutput,
+    _token_margins,
     resolve_task,
 )
+from trak.modelout_functions._margins import log_odds
+from trak.modelout_functions._padding import padded_on_the_right
+from trak.modelout_functions._token_margins import margins_of_rows
 
 IDS = torch.tensor([[3, 1, 4, 1, 5], [2, 6, 5, 0, 0], [1, 2, 3, 4, 0]])
 MASK = (IDS > 0).long()
@@ -227,6 +231,197 @@ def test_names() -> None:
         assert resolve_task(name).describe() == f"{kind.__name__}(reduction='mean')"
 
 
+# -- padding on the left ----------------------------------------------------------------
+
+
+def on_the_left(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turn every row so that its padding comes first."""
+    shifts = (batch["attention_mask"] == 0).sum(1).tolist()
+    return {
+        key: torch.stack([row.roll(k) for row, k in zip(value, shifts, strict=True)])
+        for key, value in batch.items()
+    }
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_padding_on_the_left_is_that_on_the_right(labelled: bool) -> None:
+    """Positions begin with the text, and no token is predicted from padding."""
+    case = a_case("causal_lm")
+    batch = dict(case.batch)
+    if not labelled:
+        del batch["labels"]
+    left = on_the_left(batch)
+    assert left["input_ids"].tolist()[1] == [0, 0, 2, 6, 5]
+    for weights in ((None, None), state(case.model)):
+        for call in (case.task.get_outputs, case.task.get_out_to_loss_grad):
+            torch.testing.assert_close(
+                call(case.model, *weights, left), call(case.model, *weights, case.batch)
+            )
+
+
+def test_all_that_has_an_entry_for_each_token_is_turned() -> None:
+    ids = torch.tensor([[0, 5, 6], [7, 8, 9]])
+    batch = {
+        "input_ids": ids,
+        "attention_mask": (ids > 0).long(),
+        "position_ids": torch.tensor([[1, 0, 1], [0, 1, 2]]),
+        "inputs_embeds": torch.stack([ids, -ids], 2),
+        "scale": torch.tensor(2.0),
+        "name": "x",
+    }
+    found = padded_on_the_right(batch)
+    assert found["input_ids"].tolist() == [[5, 6, 0], [7, 8, 9]]
+    assert found["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert found["position_ids"].tolist() == [[0, 1, 1], [0, 1, 2]]
+    assert found["inputs_embeds"][0].tolist() == [[5, -5], [6, -6], [0, 0]]
+    assert found["scale"] is batch["scale"]
+    # Masks of another kind, and rows of which nothing is masked, stay.
+    for mask in (torch.ones(2, 1, 3, 3), torch.zeros(2, 3), torch.zeros(2, 0), None):
+        same = padded_on_the_right({**batch, "attention_mask": mask})
+        assert torch.equal(same["input_ids"], ids)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["GPT2", "Llama", "Bloom"])
+def test_models_of_transformers_padded_on_either_side(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "vocab_size": 30,
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+    }
+    head = "ForCausalLM" if kind != "GPT2" else "LMHeadModel"
+    model = getattr(transformers, kind + head)(
+        getattr(transformers, f"{kind}Config")(**sizes)
+    )
+    model = model.double().eval()
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": MARKED}
+    task = CausalLMModelOutput()
+    gradients = []
+    for one in (batch, on_the_left(batch)):
+        output = task.get_outputs(model, None, None, one).sum()
+        gradients.append(torch.autograd.grad(output, list(model.parameters())))
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+# -- logits of large vocabularies ---------------------------------------------------------
+
+
+def test_margins_of_rows_are_those_of_their_copies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    logits = draw(9, 5).requires_grad_()
+    rows, labels = torch.tensor([7, 0, 3, 4]), torch.tensor([4, 0, 2, 2])
+    for tile in (1, 13, 1 << 20):
+        monkeypatch.setattr(_token_margins, "_TILE", tile)
+        torch.testing.assert_close(
+            margins_of_rows(logits, rows, labels), log_odds(logits[rows], labels)
+        )
+        assert torch.autograd.gradcheck(
+            lambda value: margins_of_rows(value, rows, labels), (logits,)
+        )
+        assert torch.autograd.gradgradcheck(
+            lambda value: margins_of_rows(value, rows, labels), (logits,)
+        )
+    assert margins_of_rows(logits, rows[:0], labels[:0]).shape == (0,)
+
+
+def test_half_precision_is_widened_before_margins_are_taken() -> None:
+    logits = (300 + 10 * draw(4, 6)).to(torch.bfloat16).requires_grad_()
+    rows, labels = torch.arange(4), torch.tensor([0, 5, 2, 3])
+    found = margins_of_rows(logits, rows, labels)
+    assert found.dtype == torch.float32
+    wide = logits.detach().float().requires_grad_()
+    expected = log_odds(wide, labels)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(logits.grad, wide.grad.bfloat16())
+
+
+def test_certain_tokens_do_not_saturate() -> None:
+    logits = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
+    found = margins_of_rows(logits, torch.tensor([0]), torch.tensor([0]))
+    torch.testing.assert_close(found, torch.tensor([200.0]) - torch.tensor(2.0).log())
+    (slope,) = torch.autograd.grad(found.sum(), logits)
+    torch.testing.assert_close(slope, torch.tensor([[1.0, -0.5, -0.5]]))
+
+
+class Selecting(Reader):
+    """Computes only the logits that are asked for, as models of transformers do."""
+
+    def __init__(self, ignores: bool = False) -> None:
+        super().__init__()
+        self.ignores, self.asked = ignores, []
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        logits_to_keep: Any = 0,
+    ) -> Any:
+        hidden = self.read(input_ids, attention_mask)
+        self.asked.append(logits_to_keep)
+        if isinstance(logits_to_keep, Tensor) and not self.ignores:
+            hidden = hidden[:, logits_to_keep]
+        return SimpleNamespace(logits=self.head(hidden))
+
+
+@pytest.mark.parametrize("ignores", [False, True])
+def test_only_the_logits_of_labelled_tokens_are_computed(ignores: bool) -> None:
+    labels = MARKED.where(torch.arange(5) >= 2, -100)
+    labels[0, 3] = -100
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
+    task, model = CausalLMModelOutput(), Selecting(ignores)
+    for call in (task.get_outputs, task.get_out_to_loss_grad):
+        torch.testing.assert_close(
+            call(model, None, None, batch), call(Reader(), None, None, batch)
+        )
+    assert [places.tolist() for places in model.asked] == [[1, 2, 3]] * 2
+    model.asked.clear()
+    task.get_outputs(model, None, None, {**batch, "labels": MARKED})
+    assert model.asked == [0]
+    with pytest.raises(BatchError, match="no token to predict"):
+        task.get_outputs(model, None, None, {**batch, "labels": 0 * IDS - 100})
+
+
+def test_models_may_return_tuples(name: str) -> None:
+    case = a_case(name)
+
+    class Plain(type(case.model)):
+        def forward(self, **inputs: Any) -> Any:
+            return super().forward(**inputs).logits, "cache"
+
+    torch.testing.assert_close(
+        case.task.get_outputs(Plain(), None, None, case.batch),
+        case.task.get_outputs(case.model, None, None, case.batch),
+    )
+
+
+def test_a_decoder_whose_loss_would_come_first_is_given_no_labels() -> None:
+    """With return_dict=False a model with labels returns the loss before the logits."""
+    case = a_case("seq2seq_lm")
+
+    class Losing(Translator):
+        def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
+            known = labels.where(labels != -100, 0)
+            return nn.functional.pad(known[:, :-1], (1, 0))
+
+        def forward(self, labels: Tensor | None = None, **inputs: Any) -> Any:
+            logits = super().forward(**inputs).logits
+            return (logits,) if labels is None else (logits.sum(), logits)
+
+    for weights in ((None, None), state(case.model)):
+        torch.testing.assert_close(
+            case.task.get_outputs(Losing(), *weights, case.batch),
+            case.task.get_outputs(case.model, *weights, case.batch),
+        )
+
+
 # -- what can be wrong ----------------------------------------------------------------
 
 
@@ -306,6 +501,27 @@ def test_batches_of_another_kind_are_named(name: str) -> None:
     both(case.task, case.model, IDS, "is a mapping.*got a Tensor")
     wanted = "neither labels nor" if name == "causal_lm" else "'labels' and 'label'"
     both(case.task, case.model, {"attention_mask": MASK}, wanted)
+
+
+def test_padding_without_a_mask_is_named(name: str) -> None:
+    case = a_case(name)
+    case.model.config = SimpleNamespace(pad_token_id=0)
+    bare = {"input_ids": IDS, "labels": MARKED}
+    match = "Sequence 1 of the batch begins or ends with the model's padding, token 0"
+    if name == "causal_lm":
+        # Padding on the right that has no labels is nowhere read.
+        torch.testing.assert_close(
+            case.task.get_outputs(case.model, None, None, bare),
+            case.task.get_outputs(case.model, None, None, case.batch),
+        )
+        with pytest.raises(BatchError, match=match):
+            case.task.get_outputs(case.model, None, None, {"input_ids": IDS})
+        bare = {"input_ids": IDS.roll(2, 1), "labels": MARKED.roll(2, 1)}
+    with pytest.raises(BatchError, match=match):
+        case.task.get_outputs(case.model, None, None, bare)
+    # One may be the end of a text, whose token also pads.
+    whole = {"input_ids": IDS[2:], "labels": IDS[2:]}
+    assert case.task.get_outputs(case.model, None, None, whole).shape == (1,)
 
 
 @pytest.mark.parametrize("reduction", ["max", ""])

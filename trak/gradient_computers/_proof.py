@@ -51,6 +51,7 @@ _ROUNDS = 100
 class Subject(Protocol):
     """What is checked."""
 
+    model: Any
     modelout_fn: Any
 
     def outputs(self, batch: Batch) -> Tensor:
@@ -201,7 +202,10 @@ def _compare_alone(engine: Subject, batch: Batch) -> None:
     example = take(batch, slice(0, 1))
     first = torch.zeros(b, dtype=torch.float64, device=row_leaves(batch)[0].device)
     first[0] = 1
-    versions = {"alone": example if b > 1 else None, "unpadded": trimmed(example)}
+    config = getattr(engine.model, "config", None)
+    is_seq2seq = bool(getattr(config, "is_encoder_decoder", False))
+    unpadded = trimmed(example, is_seq2seq=is_seq2seq)
+    versions = {"alone": example if b > 1 else None, "unpadded": unpadded}
     for version, other in versions.items():
         if other is None:
             continue

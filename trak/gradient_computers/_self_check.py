@@ -273,15 +273,16 @@ def check_alone(task: object, alone: Tensor, in_batch: Tensor) -> None:
         )
 
 
-def trimmed(example: Any) -> Any | None:
+def trimmed(example: Any, *, is_seq2seq: bool = False) -> Any | None:
     """Cut the padding off an example that is a mapping with an ``attention_mask``.
 
     Args:
         example: A batch of one.
+        is_seq2seq: Whether the mask is that of a source only, and not of the labels.
 
     Returns:
-        The columns that the mask keeps, of every tensor of the mask's shape; None where
-        there is no padding, or it is not on one side.
+        The columns that the mask keeps, of every tensor of the mask's shape but those of
+        a decoder; None where there is no padding, or it is not on one side.
 
     Example:
         >>> ids = torch.tensor([[5, 6, 0]])
@@ -297,9 +298,12 @@ def trimmed(example: Any) -> Any | None:
     low, high = int(kept[0]), int(kept[-1]) + 1
     if high - low != len(kept):
         return None
+    others = ("decoder_", "label") if is_seq2seq else ("decoder_",)
     return {
         key: value[:, low:high]
-        if isinstance(value, Tensor) and value.shape == mask.shape
+        if isinstance(value, Tensor)
+        and value.shape == mask.shape
+        and not str(key).startswith(others)
         else value
         for key, value in example.items()
     }

@@ -104,9 +104,23 @@ def call_for_logits(
     """Call a model and read the logits off its output, in float32 or wider.
 
     Returns:
+        What :func:`call_for_raw_logits` does. Half precision is widened: a margin of
+        thousands has no digits left in it.
+
+    Raises:
+        TaskError: If there are no logits.
+    """
+    return widen(call_for_raw_logits(model, weights, buffers, call))
+
+
+def call_for_raw_logits(
+    model: Module, weights: Weights | None, buffers: Weights | None, call: ModelCall
+) -> Float[Tensor, "*shape"]:
+    """Call a model and read the logits off its output, in whatever type they have.
+
+    Returns:
         The output itself if it is a tensor, else its ``logits`` attribute or entry, or
-        the first entry of a tuple. Half precision is widened: a margin of thousands
-        has no digits left in it.
+        the first entry of a tuple.
 
     Raises:
         TaskError: If none of these is a floating-point tensor.
@@ -126,7 +140,7 @@ def call_for_logits(
             f"floating-point tensor, a tuple that starts with one, or something with "
             f"`logits`."
         )
-    return widen(logits)
+    return logits
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 from torch.nn import Module
 
@@ -17,10 +17,13 @@ from trak.modelout_functions._abstract import AbstractModelOutput
 from trak.modelout_functions._calls import (
     ModelCall,
     as_batch,
-    call_for_logits,
+    call_for_raw_logits,
     split_labels,
+    widen,
 )
 from trak.modelout_functions._margins import log_odds
+from trak.modelout_functions._padding import check_padding, padded_on_the_right
+from trak.modelout_functions._token_margins import margins_of_rows
 
 IGNORED = -100
 """Label of a token that is not predicted, as in ``transformers`` and in PyTorch."""
@@ -56,8 +59,10 @@ class TokenModelOutput(AbstractModelOutput):
             The mean, or the sum, of its margins; 0 where no token has a label. Shape
             ``()``.
         """
-        # Under vmap no value can be looked at, so labels go unchecked here.
-        logits, labels = self._read(model, weights, buffers, as_batch(example))
+        # Under vmap no value can be looked at, so nothing is checked here.
+        call = self._call(model, as_batch(example))
+        logits = widen(_run(model, weights, buffers, call))
+        logits, labels = self._align(*_checked(logits, call.labels))
         is_labelled = labels != IGNORED
         known = labels.where(is_labelled, 0)
         margins = log_odds(logits.flatten(0, 1), known.flatten())
@@ -125,48 +130,49 @@ class TokenModelOutput(AbstractModelOutput):
         batch: Batch,
     ) -> tuple[Float[Tensor, " k"], Bool[Tensor, "b t"]]:
         """Compute the margins of the labelled tokens of a batch, in order."""
-        logits, labels = self._read(model, weights, buffers, batch)
+        call = self._call(model, batch)
+        places = self._needed(model, call)
+        if places is not None:
+            call.kwargs["logits_to_keep"] = places
+        logits = _run(model, weights, buffers, call)
+        labels = call.labels
+        if places is not None and logits.ndim == 3 and logits.shape[1] == len(places):
+            labels = labels[:, places + 1]
+        else:
+            logits, labels = _checked(logits, labels)
+            # Labels are moved, as logits are too many to copy.
+            labels = self._moved(labels)
         is_labelled = labels != IGNORED
         _check_labels(labels, is_labelled, logits.shape[-1])
-        return log_odds(logits[is_labelled], labels[is_labelled]), is_labelled
-
-    def _read(
-        self,
-        model: Module,
-        weights: Weights | None,
-        buffers: Weights | None,
-        batch: Batch,
-    ) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
-        """Call the model; give logits, and the label of each."""
-        call = self._call(batch)
-        if _takes(model, "use_cache"):  # it would be kept for nothing
-            call.kwargs.setdefault("use_cache", False)
-        try:
-            logits = call_for_logits(model, weights, buffers, call)
-        except IndexError as error:
-            shapes = {
-                key: tuple(value.shape)
-                for key, value in call.kwargs.items()
-                if isinstance(value, Tensor)
-            }
-            raise BatchError(
-                f"The model has no such token or position ({error}); its inputs have "
-                f"shapes {shapes}. Truncate sequences to the longest that the model "
-                f"takes, and use the model's own tokenizer."
-            ) from error
-        return self._align(logits, call.labels)
+        rows = is_labelled.flatten().nonzero()[:, 0]
+        known = labels.flatten()[rows].long()
+        if torch._C._functorch.is_functorch_wrapped_tensor(logits):
+            return log_odds(widen(logits.flatten(0, 1)[rows]), known), is_labelled
+        return margins_of_rows(logits.flatten(0, 1), rows, known), is_labelled
 
     @staticmethod
-    def _call(batch: Batch) -> ModelCall:
+    def _call(model: Module, batch: Batch) -> ModelCall:
         """Take the labels out of a batch."""
+        del model
         return split_labels(_as_mapping(batch))
+
+    @staticmethod
+    def _needed(model: Module, call: ModelCall) -> Int64[Tensor, " k"] | None:
+        """Find the only positions whose logits are needed, if the model may leave some out."""
+        del model, call
+        return None
 
     @staticmethod
     def _align(
         logits: Tensor, labels: Tensor
     ) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
         """Bring logits and the labels that they predict to the same places."""
-        return _aligned(logits, labels)
+        return logits, labels
+
+    @staticmethod
+    def _moved(labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+        """Bring labels to the places of the logits that predict them."""
+        return labels
 
 
 class CausalLMModelOutput(TokenModelOutput):
@@ -200,18 +206,34 @@ class CausalLMModelOutput(TokenModelOutput):
     """
 
     @staticmethod
-    def _call(batch: Batch) -> ModelCall:
+    def _call(model: Module, batch: Batch) -> ModelCall:
         batch = _as_mapping(batch)
         if "labels" not in batch and "label" not in batch:
+            check_padding(model, batch)
             batch = {**batch, "labels": _tokens_as_labels(batch)}
-        return split_labels(batch)
+        else:
+            check_padding(model, batch, sides="left")
+        return split_labels(padded_on_the_right(batch))
+
+    @staticmethod
+    def _needed(model: Module, call: ModelCall) -> Int64[Tensor, " k"] | None:
+        labels = call.labels
+        if labels.ndim != 2 or not _takes(model, "logits_to_keep"):
+            return None
+        places = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
+        # Where none is labelled there is an error to come; one more is not worth it.
+        return places if 0 < len(places) < labels.shape[1] - 1 else None
 
     @staticmethod
     def _align(
         logits: Tensor, labels: Tensor
     ) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
-        logits, labels = _aligned(logits, labels)
         return logits[:, :-1], labels[:, 1:]
+
+    @staticmethod
+    def _moved(labels: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
+        last = labels.new_full((len(labels), 1), IGNORED)
+        return torch.cat([labels[:, 1:], last], dim=1)
 
 
 class MaskedLMModelOutput(TokenModelOutput):
@@ -231,14 +253,20 @@ class MaskedLMModelOutput(TokenModelOutput):
         OptionError: If ``reduction`` is neither.
     """
 
+    @staticmethod
+    def _call(model: Module, batch: Batch) -> ModelCall:
+        batch = _as_mapping(batch)
+        check_padding(model, batch)
+        return split_labels(batch)
+
 
 class Seq2SeqLMModelOutput(TokenModelOutput):
     """The margins of the target's tokens, given the source and the tokens before.
 
     As :class:`CausalLMModelOutput`, for encoder-decoder models: ``labels`` are the target's
     tokens, -100 where it is padded. The model gets ``decoder_input_ids`` if the batch has
-    them; else it is given the labels and makes these itself, as those of ``transformers``
-    do.
+    them; else its ``prepare_decoder_input_ids_from_labels`` makes them, or it is given the
+    labels and makes them itself.
 
     Args:
         reduction: ``"mean"`` or ``"sum"`` over the target's tokens.
@@ -251,11 +279,38 @@ class Seq2SeqLMModelOutput(TokenModelOutput):
     """
 
     @staticmethod
-    def _call(batch: Batch) -> ModelCall:
-        call = split_labels(_as_mapping(batch))
+    def _call(model: Module, batch: Batch) -> ModelCall:
+        batch = _as_mapping(batch)
+        check_padding(model, batch)
+        call = split_labels(batch)
         if "decoder_input_ids" not in call.kwargs:
-            call.kwargs["labels"] = call.labels
+            prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+            if prepare is not None:  # given labels, it would compute a loss for nothing
+                call.kwargs["decoder_input_ids"] = prepare(labels=call.labels)
+            else:
+                call.kwargs["labels"] = call.labels
         return call
+
+
+def _run(
+    model: Module, weights: Weights | None, buffers: Weights | None, call: ModelCall
+) -> Float[Tensor, "*shape"]:
+    """Call the model for its logits, in whatever type they have."""
+    if _takes(model, "use_cache"):  # it would be kept for nothing
+        call.kwargs.setdefault("use_cache", False)
+    try:
+        return call_for_raw_logits(model, weights, buffers, call)
+    except IndexError as error:
+        shapes = {
+            key: tuple(value.shape)
+            for key, value in call.kwargs.items()
+            if isinstance(value, Tensor)
+        }
+        raise BatchError(
+            f"The model has no such token or position ({error}); its inputs have "
+            f"shapes {shapes}. Truncate sequences to the longest that the model "
+            f"takes, and use the model's own tokenizer."
+        ) from error
 
 
 def _by_sequence(
@@ -290,7 +345,7 @@ def _takes(model: Module, name: str) -> bool:
     return name in inspect.signature(model.forward).parameters
 
 
-def _aligned(
+def _checked(
     logits: Tensor, labels: Tensor
 ) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
     if logits.ndim != 3:
