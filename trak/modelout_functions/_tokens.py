@@ -60,9 +60,7 @@ class TokenModelOutput(AbstractModelOutput):
             ``()``.
         """
         # Under vmap no value can be looked at, so nothing is checked here.
-        call = self._call(model, as_batch(example))
-        logits = widen(_run(model, weights, buffers, call))
-        logits, labels = self._align(*_checked(logits, call.labels))
+        logits, labels = self._all_logits(model, weights, buffers, as_batch(example))
         is_labelled = labels != IGNORED
         known = labels.where(is_labelled, 0)
         margins = log_odds(logits.flatten(0, 1), known.flatten())
@@ -118,9 +116,20 @@ class TokenModelOutput(AbstractModelOutput):
         Raises:
             BatchError: If a label is no token, or a sequence has none.
         """
-        logits, labels = self._read(model, weights, buffers, batch)
+        logits, labels = self._all_logits(model, weights, buffers, batch)
         _check_labels(labels, labels != IGNORED, logits.shape[-1])
         return logits, labels
+
+    def _all_logits(
+        self,
+        model: Module,
+        weights: Weights | None,
+        buffers: Weights | None,
+        batch: Batch,
+    ) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
+        call = self._call(model, batch)
+        logits = widen(_run(model, weights, buffers, call))
+        return self._align(*_checked(logits, call.labels))
 
     def _margins(
         self,
