@@ -16,12 +16,13 @@ from torch import Tensor
 from trak._estimate import estimate_parts
 from trak._estimate_table import Estimate
 from trak._features import Features
-from trak._options import parse_options, parse_scoring_call
+from trak._options import parse_options
 from trak._results import Results
 from trak._scoring import Scoring
+from trak._scoring_call import parse_scoring_call
 from trak._seams import build_parts, build_saver, check_same_projector
 from trak._session import Session
-from trak._types import Batch, GradWrt, Weights
+from trak._types import Batch, Checkpoint, GradWrt
 from trak._validating import Validation
 from trak.errors import OptionError
 from trak.gradient_computers import HookGradientComputer
@@ -190,7 +191,7 @@ class TRAKer(Results):
 
     def load_checkpoint(
         self,
-        checkpoint: Weights,
+        checkpoint: Checkpoint,
         model_id: int | None = None,
         _allow_featurizing_already_registered: bool = False,  # noqa: FBT001  0.3.2's
         *,
@@ -199,7 +200,9 @@ class TRAKer(Results):
         """Load a checkpoint into the model, to featurize the training set with it.
 
         Args:
-            checkpoint: Its state dict.
+            checkpoint: Its state dict; or the path of a file of ``safetensors`` or of
+                ``torch.save``, or of a ``transformers`` or PEFT folder with one. Nothing
+                is unpickled but tensors.
             model_id: Its id in the store; None for the id of these weights, or a new one.
             _allow_featurizing_already_registered: Accepted for 0.3.2; a checkpoint that
                 is partly featurized is always gone on with.
@@ -210,6 +213,7 @@ class TRAKer(Results):
 
         Raises:
             CheckpointError: If it does not fit the model.
+            CheckpointFileError: If it is a path, and cannot be read from there.
             NonFiniteError: If it has a NaN or an infinity.
             ModelIDException: If the id belongs to other weights.
             OptionError: If ``train_inds`` is empty, has an index twice or one that is
@@ -251,13 +255,13 @@ class TRAKer(Results):
 
     @overload
     def start_scoring_checkpoint(
-        self, exp_name: str, checkpoint: Weights, model_id: int, num_targets: int
+        self, exp_name: str, checkpoint: Checkpoint, model_id: int, num_targets: int
     ) -> None: ...
 
     @overload
     def start_scoring_checkpoint(
         self,
-        checkpoint: Weights,
+        checkpoint: Checkpoint,
         model_id: int | None = None,
         *,
         exp_name: str | None = None,
@@ -273,7 +277,7 @@ class TRAKer(Results):
         Args:
             *args: As above.
             **kwargs: ``exp_name``: the experiment's name, one for each set of targets
-                (``"default"``). ``checkpoint``: the state dict. ``model_id``: its id; if
+                (``"default"``). ``checkpoint``: as in :meth:`load_checkpoint`. ``model_id``: its id; if
                 it is left out, the id that these weights have. ``num_targets``: number
                 of targets, ``m``.
 
