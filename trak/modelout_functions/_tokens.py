@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from trak.modelout_functions._calls import (
     call_for_logits,
     split_labels,
 )
+from trak.modelout_functions._inputs import forward_parameters
 from trak.modelout_functions._margins import log_odds
 
 IGNORED = -100
@@ -120,7 +120,13 @@ class _TokenModelOutput(AbstractModelOutput):
     ) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
         """Call the model; give logits, and the label of each."""
         call = self._call(batch)
-        if _takes(model, "use_cache"):  # it would be kept for nothing
+        if call.labels.ndim < 2:
+            raise BatchError(
+                f"The labels have shape {tuple(call.labels.shape)}; (b, tokens) is needed. A "
+                f"batch of one text needs its axis: a slice such as dataset[3:4], or "
+                f"tensor.unsqueeze(0)."
+            )
+        if "use_cache" in forward_parameters(model):  # it would be kept for nothing
             call.kwargs.setdefault("use_cache", False)
         try:
             logits = call_for_logits(model, weights, buffers, call)
@@ -259,16 +265,17 @@ def _as_mapping(batch: Batch) -> Mapping[str, Any]:
 
 def _tokens_as_labels(batch: Mapping[str, Any]) -> Tensor:
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, Tensor) and ids:
+        raise BatchError(
+            f"input_ids is a {type(ids).__name__}, not a tensor. Pad and stack the rows, e.g. "
+            f"with DataCollatorWithPadding(tokenizer) of transformers."
+        )
     if not isinstance(ids, Tensor):
         raise BatchError(
             f"The batch has neither labels nor a tensor input_ids, got "
             f"{sorted(map(str, batch))}; pass one of them."
         )
-    return ids if mask is None else ids.where(mask != 0, IGNORED)
-
-
-def _takes(model: Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
+    return ids.where(mask != 0, IGNORED) if isinstance(mask, Tensor) else ids
 
 
 def _aligned(
