@@ -167,6 +167,21 @@ def copied(batch: Batch) -> Batch:
     return _map(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
 
 
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """Put the tensors of a canonical batch on a device.
+
+    Returns:
+        The batch there.
+
+    Example:
+        >>> moved({"x": torch.zeros(2), "y": None}, torch.device("meta"))["x"].device
+        device(type='meta')
+    """
+    return _map(
+        batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf
+    )
+
+
 def rebuild(batch: Batch, leaves: list[Tensor]) -> Batch:
     """Put new tensors in the places of :func:`row_leaves`, in its order."""
     remaining = iter(leaves)

@@ -102,7 +102,7 @@ class Session:
         *,
         allow_known: bool,
         train_inds: object = None,
-    ) -> None:
+    ) -> int:
         """Load a checkpoint; the next batches are training examples.
 
         Args:
@@ -110,6 +110,9 @@ class Session:
             model_id: Its id; None for the id of these weights, or the next free one.
             allow_known: Passed on to the saver.
             train_inds: What it was trained on; None if that is not known.
+
+        Returns:
+            The checkpoint's id.
         """
         n, members = self.options.train_set_size, None
         if train_inds is not None:
@@ -146,6 +149,7 @@ class Session:
                     TrakWarning,
                     stacklevel=3,
                 )
+            return model_id
 
     def load_for_scoring(self, call: ScoringCall) -> None:
         """Load a checkpoint; the next batches are targets of an experiment.

@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trak._attributing import Attributing
 from trak._estimate import estimate_parts
 from trak._estimate_table import Estimate
 from trak._features import Features
 from trak._options import parse_options
-from trak._results import Results
 from trak._scoring import Scoring
 from trak._scoring_call import parse_scoring_call
 from trak._seams import build_parts, build_saver, check_same_projector
 from trak._session import Session
+from trak._trainer import Source, read_trainer
 from trak._types import Batch, Checkpoint, GradWrt
 from trak._validating import Validation
 from trak.errors import OptionError
@@ -30,7 +31,7 @@ from trak.projectors import AbstractProjector
 from trak.savers import MmapSaver
 
 
-class TRAKer(Results):
+class TRAKer(Attributing):
     """Attributes a model's outputs to its training examples.
 
     The TRAK method (Park et al., 2023; https://arxiv.org/abs/2303.14186), in two loops
@@ -148,6 +149,60 @@ class TRAKer(Results):
             self.saver.make_features = self._features.make_features
         self.scores: np.ndarray | None = None
         self._session = Session.of(self.saver, parts)
+        self._source: Source | None = None
+        self._featurized: list[int] | None = None
+        self._quiet = logging_level > logging.INFO
+
+    @classmethod
+    def from_trainer(
+        cls,
+        trainer: Any,
+        save_dir: str | Path = "./trak_results",
+        *,
+        checkpoints: Iterable[Checkpoint] | None = None,
+        task: Any = None,
+        train_dataset: Any = None,
+        data_collator: Any = None,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> TRAKer:
+        """Make one from a ``transformers.Trainer``, for :meth:`attribute`.
+
+        Args:
+            trainer: The trainer, after training or made anew over its ``output_dir``.
+            save_dir: Directory of the store; work that is there is gone on with.
+            checkpoints: Paths or state dicts; None for the ``checkpoint-*`` folders of
+                ``output_dir``, and where there are none, as for an empty list, the
+                model's own weights.
+            task: What is attributed; None to tell it from the model's class.
+            train_dataset: The training set; None for the trainer's.
+            data_collator: What makes batches; None for the trainer's. Tokens that it masks
+                at random are drawn once for every example.
+            batch_size: Examples at a time; None for ``per_device_eval_batch_size``.
+            **options: Those of the constructor, such as ``proj_dim``.
+
+        Returns:
+            A TRAKer over the trainer's training set, in its order.
+
+        Raises:
+            OptionError: If the trainer lacks something, its model's class does not tell
+                the task, or an option cannot work.
+            CheckpointFileError: If a ``checkpoint-*`` has no weights.
+            StoreError: If ``save_dir`` cannot be used, or holds other work.
+        """
+        source = read_trainer(
+            trainer,
+            checkpoints=checkpoints,
+            task=task,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            batch_size=batch_size,
+        )
+        traker = cls(
+            source.model, source.task, len(source.training), save_dir, **options
+        )
+        traker._source = source
+        return traker
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in {"gradient_computer", "score_computer", "saver"} & set(vars(self)):
