@@ -679,3 +679,44 @@ def test_a_trainer(transformers: Any, tmp_path: Path, kind: str) -> None:
     # The same weights have the same ids, read by the library or from its files.
     known = {k: v["weights"] for k, v in traker.saver.model_ids.items()}
     assert known == {k: v["weights"] for k, v in by_hand.saver.model_ids.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")
+def test_a_trainer_of_adapters(transformers: Any, tmp_path: Path) -> None:
+    """Its checkpoints hold the adapters alone, and the base model is not changed."""
+    peft = pytest.importorskip("peft")
+    config = transformers.BertConfig(**SIZES, num_labels=3)
+    base = transformers.BertForSequenceClassification(config)
+    lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    model = peft.get_peft_model(base, lora)
+    trainer = transformers.Trainer(
+        model,
+        transformers.TrainingArguments(
+            str(tmp_path / "out"),
+            num_train_epochs=2,
+            learning_rate=0.05,
+            save_strategy="epoch",
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+        ),
+        train_dataset=examples(N, 0),
+        eval_dataset=examples(M, 1),
+        data_collator=Padding(),
+    )
+    trainer.train()
+    saved = [it.name for it in (tmp_path / "out").glob("*/*.safetensors")]
+    assert saved == ["adapter_model.safetensors"] * 2
+    traker = TRAKer.from_trainer(trainer, tmp_path / "store", **OPTIONS)
+    scores = traker.attribute()
+    assert scores.shape == (N, M)
+    assert np.abs(scores).max() > 0
+    assert list(traker.saver.model_ids) == [0, 1]
+    selected = traker.options.selection.names
+    assert all("lora_" in it or "modules_to_save" in it for it in selected)
+    # The last checkpoint is what the model holds now.
+    again = TRAKer.from_trainer(
+        trainer, tmp_path / "store", checkpoints=[model.state_dict()], **OPTIONS
+    )
+    assert again.featurize_all() == [1]
