@@ -126,7 +126,7 @@ class AbstractModelOutput(ABC):
             f"example at a time, or define get_outputs."
         )
 
-    def start_checkpoint(self, model: Module) -> None:
+    def start_checkpoint(self, model: Module) -> None:  # noqa: B027  it is optional
         """Take note that a checkpoint was loaded; optional, and here nothing happens.
 
         A task that contrasts examples with others computes here what depends on the
