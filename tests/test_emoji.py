@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import io
 import json
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("PIL")
 from PIL import Image
@@ -34,6 +35,15 @@ def emoji(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def pairs(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     return importlib.import_module("_emoji_pairs")
+
+
+def load(directory: str) -> ModuleType:
+    """Load ``clip.py`` of a directory: there are two, and neither is a module."""
+    path = EXAMPLES.parent / directory / "clip.py"
+    spec = importlib.util.spec_from_file_location(f"{directory}_clip", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def character(code: str) -> str:
@@ -92,6 +102,21 @@ def packages(tmp_path: Path) -> Path:
         {"dist/emoji-en-US.json": json.dumps(keywords).encode()},
     )
     return directory
+
+
+@pytest.fixture
+def question(emoji: ModuleType, pairs: ModuleType) -> Any:
+    count = 40
+    generator = np.random.default_rng(0)
+    drawings = generator.integers(0, 255, (2, count, 32, 32, 3), dtype=np.uint8)
+    meta = [
+        {
+            "name": f"thing {i}",
+            "keywords": [f"thing {i}", f"kind_{i % 4} of", "all"],
+        }
+        for i in range(count)
+    ]
+    return pairs.ask(emoji.Emoji(*drawings, meta), n_targets=8)
 
 
 class TestBuilding:
@@ -192,20 +217,6 @@ class TestFetching:
 
 
 class TestPairs:
-    @pytest.fixture
-    def question(self, emoji: ModuleType, pairs: ModuleType) -> Any:
-        count = 40
-        generator = np.random.default_rng(0)
-        drawings = generator.integers(0, 255, (2, count, 32, 32, 3), dtype=np.uint8)
-        meta = [
-            {
-                "name": f"thing {i}",
-                "keywords": [f"thing {i}", f"kind_{i % 4} of", "all"],
-            }
-            for i in range(count)
-        ]
-        return pairs.ask(emoji.Emoji(*drawings, meta), n_targets=8)
-
     def test_twins_are_googles_of_the_same_emoji(self, question: Any) -> None:
         train, targets = question.train, question.targets
         assert len(targets) == 8
@@ -242,3 +253,67 @@ class TestPairs:
     def test_words(self, pairs: ModuleType) -> None:
         found = pairs.words("Flag: Åland_Islands “a-b”")
         assert found == ["flag", ":", "åland", "islands", "“", "a", "b", "”"]
+
+
+class Looked:
+    """A model that embeds images as two numbers, and texts as two others."""
+
+    def __init__(self, images: Any, texts: Any) -> None:
+        self.images, self.texts = images, texts
+
+    def __call__(self, **batch: Any) -> Any:
+        return SimpleNamespace(image_embeds=self.images, text_embeds=self.texts)
+
+
+class TestModel:
+    @pytest.fixture
+    def clip_model(self, pairs: ModuleType) -> ModuleType:
+        pytest.importorskip("transformers")
+        return importlib.import_module("_clip_model")
+
+    def test_similarity_is_against_the_others(
+        self, clip_model: ModuleType, question: Any
+    ) -> None:
+        images = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+        texts = torch.tensor([[0.8, 0.6], [0.0, 1.0], [1.0, 0.0]])
+        three = SimpleNamespace(batches=lambda size: [{}])
+        model = Looked(images, texts)
+        cosines = images.double() @ texts.double().T
+        expected = [
+            cosines[i, i]
+            - sum(cosines[i, j] + cosines[j, i] for j in range(3) if j != i) / 4
+            for i in range(3)
+        ]
+        found = clip_model.similarity(model, three)
+        np.testing.assert_allclose(found, expected)
+        # Image 2 has cosines .96, .8 and .6 with the texts, and the last is its own.
+        assert clip_model.ranks(model, three).tolist() == [2, 1, 3]
+
+    @pytest.mark.slow
+    def test_the_example_learns_and_attributes(
+        self, clip_model: ModuleType, question: Any, tmp_path: Path, capsys: Any
+    ) -> None:
+        pytest.importorskip("matplotlib")
+        example = load("examples")
+        example.N_CHECKPOINTS = 1
+        clip_model.BATCH_SIZE = 24
+        scores, ranks = example.attribute(question, tmp_path)
+        assert scores.shape == (72, 8)
+        assert np.isfinite(scores).all()
+        chosen = example.report(question, scores, np.ones_like(ranks))
+        assert "was taught by" in capsys.readouterr().out
+        path = example.picture.draw(tmp_path / "it.png", question, scores, chosen)
+        assert path.stat().st_size > 10_000
+
+
+def test_shared_words(pairs: ModuleType, question: Any) -> None:
+    pytest.importorskip("transformers")
+    scores = load("benchmarks").shared_words(question)
+    assert scores.shape == (72, 8)
+    for i, j in ((0, 0), (50, 3), (71, 7)):
+        ours, theirs = (
+            set(side.inputs["input_ids"][row].tolist()) - {0, pairs.END}
+            for side, row in ((question.train, i), (question.targets, j))
+        )
+        assert (scores[i, j] > 0) == bool(ours & theirs)
+    assert scores.max() <= 1 + 1e-12
