@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--targets", type=int, default=8, help="of the retraining")
     parser.add_argument("--repeats", type=int, default=2, help="seeds of a retraining")
-    parser.add_argument("--random", type=int, default=4, help="random removals")
+    parser.add_argument("--random", type=int, default=3, help="random removals")
     parser.add_argument("--share", type=float, default=0.01, help="of pairs to remove")
     parser.add_argument("--no-retraining", action="store_true")
     options = parser.parse_args()

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 INK, TWIN, OTHER = "#2b2b2b", "#1b7f79", "#c9c9c9"
 SHOWN = 6
-TOP, BOTTOM = 1.25, 0.2  # margins in inches
+TOP, BOTTOM = 1.05, 0.6  # margins in inches
 
 
 def draw(
@@ -36,13 +36,13 @@ def draw(
     figure, grid = plt.subplots(
         len(targets),
         len(columns),
-        figsize=(1.5 * sum(columns), 1.72 * len(targets) + TOP + BOTTOM),
-        gridspec_kw={"width_ratios": columns, "wspace": 0.3, "hspace": 0.78},
+        figsize=(1.36 * sum(columns), 1.6 * len(targets) + TOP + BOTTOM),
+        gridspec_kw={"width_ratios": columns, "wspace": 0.24, "hspace": 0.55},
         squeeze=False,
     )
     height = figure.get_figheight()
     figure.subplots_adjust(
-        left=0.03, right=0.97, bottom=0.5 / height, top=1 - TOP / height
+        left=0.03, right=0.97, bottom=BOTTOM / height, top=1 - TOP / height
     )
     for row, target in zip(grid, targets, strict=True):
         for axes in row:
@@ -51,7 +51,7 @@ def draw(
         best = np.argsort(-scores[:, target])[:SHOWN]
         for axes, example in zip(row[2:], best, strict=True):
             is_twin = example == question.twins[target]
-            score = f"{1000 * scores[example, target]:+.0f}   "
+            score = f"{1000 * scores[example, target]:+.0f}"
             _draw_pair(axes, question.train, example, TWIN if is_twin else OTHER, score)
 
     def write(column: int, inches: float, text: str, **style: object) -> None:
@@ -60,15 +60,12 @@ def draw(
 
     title = "Which pairs taught CLIP to match these drawings with their words?"
     write(0, 0.2, title, fontsize=16, color=INK, fontweight="bold")
-    write(0, 0.58, "Held out", fontsize=11.5, color=INK)
-    write(
-        2,
-        0.58,
-        "Top training pairs, with score \N{MULTIPLICATION SIGN} 1000; ",
-        color=INK,
-        fontsize=11.5,
+    write(0, 0.66, "Held out", fontsize=10.5, color=INK)
+    heading = (
+        "Top training pairs, with 1000 \N{MULTIPLICATION SIGN} score; framed: the same "
+        "emoji, by the other vendor"
     )
-    write(5, 0.58, "the same emoji by the other vendor", color=TWIN, fontsize=11.5)
+    write(2, 0.66, heading, fontsize=10.5, color=TWIN)
     figure.savefig(path, dpi=110, facecolor="white")
     plt.close(figure)
     return path
@@ -81,8 +78,13 @@ def _draw_pair(axes: Axes, pairs: Pairs, index: int, colour: str, score: str) ->
     axes.set(xticks=[], yticks=[])
     for side in axes.spines.values():
         side.set(color=colour, linewidth=2.4)
-    words = textwrap.shorten(
-        pairs.captions[index], 44, placeholder=" \N{HORIZONTAL ELLIPSIS}"
+    words = textwrap.wrap(
+        pairs.captions[index], 21, max_lines=2, placeholder=" \N{HORIZONTAL ELLIPSIS}"
     )
-    caption = "\n".join(textwrap.wrap(score + words, 21))
-    axes.set_xlabel(caption, fontsize=8, color=INK, labelpad=3, va="top")
+    style = {"fontsize": 7.5, "color": INK, "va": "top"}
+    axes.set_xlabel("\n".join(words), labelpad=3, **style)
+    if score:
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.8}
+        axes.text(
+            0.96, 0.95, score, ha="right", transform=axes.transAxes, bbox=box, **style
+        )
