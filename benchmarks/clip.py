@@ -60,7 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--packages", type=Path, help="directory of npm archives")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--targets", type=int, default=8, help="of the retraining")
+    parser.add_argument("--targets", type=int, default=16, help="of the retraining")
     parser.add_argument("--repeats", type=int, default=2, help="seeds of a retraining")
     parser.add_argument("--random", type=int, default=3, help="random removals")
     parser.add_argument("--share", type=float, default=0.01, help="of pairs to remove")
@@ -74,7 +74,7 @@ def main() -> None:
     question = emoji_pairs.ask(drawn)
     checkpoints = train_checkpoints(question, options.out)
     known = report_checkpoints(question, checkpoints)
-    scores = score(question, checkpoints, options.out)
+    scores = kept_scores(question, checkpoints, options.out)
     found: dict[str, Any] = {"retrieval": retrieve(question, scores)}
     if not options.no_retraining:
         found["removal"] = remove(question, scores, known, options)
@@ -116,6 +116,19 @@ def joint(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Embeddings of image and text beside each other: their cosine is the mean of both."""
     output = model(**batch)
     return torch.cat([output.image_embeds, output.text_embeds], dim=1)
+
+
+def kept_scores(
+    question: emoji_pairs.Question, checkpoints: list[Weights], out: Path
+) -> dict[str, np.ndarray]:
+    """Score once: what is retrained without must be the same when the run goes on."""
+    path = out / "scores.npz"
+    if not path.exists():
+        unfinished = path.with_suffix(".part.npz")
+        np.savez(unfinished, **score(question, checkpoints, out))
+        unfinished.replace(path)
+    with np.load(path) as arrays:
+        return dict(arrays)
 
 
 def score(
@@ -234,7 +247,7 @@ def remove(
         outputs,
         ranked,
         [k],
-        options.out / "removal.npz",
+        options.out / f"removal_{len(chosen)}.npz",
         n_random=options.random,
         n_repeats=options.repeats,
         metadata={"epochs": clip_model.EPOCHS, "targets": chosen.tolist()},

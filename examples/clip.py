@@ -65,9 +65,12 @@ def attribute(
 
 
 def report(
-    question: emoji_pairs.Question, scores: np.ndarray, ranks: np.ndarray
+    question: emoji_pairs.Question,
+    scores: np.ndarray,
+    ranks: np.ndarray,
+    categories: list[str],
 ) -> list[int]:
-    """Print what was found; return the targets to picture."""
+    """Print what was found; return the best known target of each category."""
     m, n = len(question.targets), len(question.train)
     places = 1 + (scores > scores[question.twins, np.arange(m)]).sum(axis=0)
     print(
@@ -77,8 +80,12 @@ def report(
         f"the top training pair of {(places == 1).mean():.0%} of the targets, and among "
         f"the first 10\nfor {(places <= 10).mean():.0%} (chance: {10 / n:.1%}).\n"
     )
-    known = np.flatnonzero(ranks <= 3)
-    chosen = np.random.default_rng(0).permutation(known)[:N_PICTURED].tolist()
+    kinds = np.array(categories)[question.targets.emoji]
+    known = [
+        int(np.flatnonzero(kinds == kind)[ranks[kinds == kind].argmin()])
+        for kind in np.unique(kinds)
+    ]
+    chosen = sorted(known, key=lambda target: ranks[target])[:N_PICTURED]
     for target in chosen:
         print(f"{question.targets.captions[target]!r} was taught by")
         for i in np.argsort(-scores[:, target])[:3]:
@@ -104,7 +111,8 @@ def main() -> None:
         sys.exit(str(error))
     question = emoji_pairs.ask(drawn)
     scores, ranks = attribute(question, args.out / "store")
-    chosen = report(question, scores, ranks)
+    categories = [entry["category"] for entry in drawn.meta]
+    chosen = report(question, scores, ranks, categories)
     np.save(args.out / "scores.npy", scores)
     path = picture.draw(args.out / "clip.png", question, scores, chosen)
     print(f"\nPicture: {path.resolve()}")

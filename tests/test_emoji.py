@@ -300,7 +300,8 @@ class TestModel:
         scores, ranks = example.attribute(question, tmp_path)
         assert scores.shape == (72, 8)
         assert np.isfinite(scores).all()
-        chosen = example.report(question, scores, np.ones_like(ranks))
+        chosen = example.report(question, scores, ranks, ["odd", "even"] * 20)
+        assert len(chosen) == 2
         assert "was taught by" in capsys.readouterr().out
         path = example.picture.draw(tmp_path / "it.png", question, scores, chosen)
         assert path.stat().st_size > 10_000
