@@ -60,7 +60,7 @@ def main() -> None:
     )
     parser.add_argument("--packages", type=Path, help="directory of npm archives")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--targets", type=int, default=16, help="of the retraining")
+    parser.add_argument("--targets", type=int, default=12, help="of the retraining")
     parser.add_argument("--repeats", type=int, default=2, help="seeds of a retraining")
     parser.add_argument("--random", type=int, default=3, help="random removals")
     parser.add_argument("--share", type=float, default=0.01, help="of pairs to remove")
@@ -75,7 +75,10 @@ def main() -> None:
     checkpoints = train_checkpoints(question, options.out)
     known = report_checkpoints(question, checkpoints)
     scores = kept_scores(question, checkpoints, options.out)
-    found: dict[str, Any] = {"retrieval": retrieve(question, scores)}
+    found: dict[str, Any] = {
+        "retrieval": retrieve(question, scores),
+        "words": look_at_words(question, scores),
+    }
     if not options.no_retraining:
         found["removal"] = remove(question, scores, known, options)
     (options.out / "results.json").write_text(json.dumps(found, indent=2) + "\n")
@@ -208,8 +211,40 @@ def retrieve(
         results.append(mean_reciprocal_rank(array, relevant))
         print(f"| {name} | {' | '.join(map(_cell, results))} |", flush=True)
         found[name] = [
-            {"mean": result.mean, "interval": result.interval} for result in results
+            {"mean": result.mean, "interval": list(result.interval)}
+            for result in results
         ]
+    return found
+
+
+def look_at_words(
+    question: emoji_pairs.Question, scores: dict[str, np.ndarray]
+) -> dict[str, Any]:
+    """Print how much of each method is words: do its top pairs share one, do twins?"""
+    said = [
+        [set(emoji_pairs.words(caption)) for caption in pairs.captions]
+        for pairs in (question.train, question.targets)
+    ]
+    shares = np.array([[bool(ours & theirs) for theirs in said[1]] for ours in said[0]])
+    columns = np.arange(shares.shape[1])
+    with_word = shares[question.twins, columns]
+    print(
+        f"\n{with_word.sum()} of {len(with_word)} twins share a word with the target, and "
+        f"{shares.mean():.1%} of all pairs\n\n| method | of the first 10 pairs, share a "
+        f"word | recall@10 of twins that do | of those that do not |\n|---|---|---|---|"
+    )
+    found = {}
+    for name, array in scores.items():
+        top = np.argsort(-array, axis=0, kind="stable")[:10]
+        rate = shares[top, columns].mean()
+        recalls = [
+            recall_at_k(array[:, some], [[int(t)] for t in question.twins[some]], 10)
+            for some in (with_word, ~with_word)
+        ]
+        print(
+            f"| {name} | {rate:.3f} | {' | '.join(map(_cell, recalls))} |", flush=True
+        )
+        found[name] = [float(rate), *(result.mean for result in recalls)]
     return found
 
 
@@ -229,12 +264,12 @@ def remove(
     chosen = rng.permutation(np.flatnonzero(known))[: options.targets]
     n, suffix = len(question.train), _checkpoints(COUNTS[-1])
     k = round(options.share * n)
-    ranked = {
-        "TRAK": scores[f"TRAK, {suffix}"][:, chosen],
-        "CLIP similarity": scores[f"CLIP similarity of image and text, {suffix}"][
-            :, chosen
-        ],
+    of = {
+        "TRAK": f"TRAK, {suffix}",
+        "CLIP similarity": f"CLIP similarity of image and text, {suffix}",
+        "shared words": "shared words",
     }
+    ranked = {name: scores[long][:, chosen] for name, long in of.items()}
 
     def train(indices: np.ndarray, seed: int) -> torch.nn.Module:
         return clip_model.train(question.train, indices, question.vocabulary, seed)
@@ -266,8 +301,9 @@ def remove(
             "fall": curve.per_target[0].tolist(),
             "interval": curve.interval[0].tolist(),
         }
-    between = curves["TRAK"].minus(curves["CLIP similarity"])
-    print(f"| TRAK minus CLIP similarity | {_point(between)} | |")
+    for name in ("CLIP similarity", "shared words"):
+        between = curves["TRAK"].minus(curves[name])
+        print(f"| TRAK minus {name} | {_point(between)} | |", flush=True)
     return found
 
 

@@ -1,7 +1,7 @@
 """Image-text pairs of emoji: what is trained on, and what is asked about.
 
 Each emoji's name and keywords are dealt at random to its two drawings, so no phrase is said of
-both. A target is Twitter's drawing, which no model is trained on; Google's drawing of the
+both (unless it is the only one). A target is Twitter's drawing, which no model is trained on; Google's drawing of the
 same emoji, with other words, is in the training set: the *twin*.
 """
 
