@@ -252,6 +252,7 @@ class Session:
         self, model_id: int, exp_name: str | None, total: int, weights: str
     ) -> None:
         self.computer.load_model_params(self.computer.model)
+        self.computer.modelout_fn.start_checkpoint(self.computer.model)
         self._loaded = note_loaded(self.computer.model, weights)
         other = self._other_rows(model_id) if exp_name is None else None
         self._cursors[model_id, exp_name] = 0
