@@ -73,7 +73,8 @@ def file_of(truth: str) -> str | None:
         >>> file_of("cifar4"), file_of("digits")
         ('cifar10_jpeg60k.tar.xz', None)
     """
-    return FILES.get(truth.rstrip("0123456789") if truth.startswith("cifar") else truth)
+    data = truth.removesuffix("_top").removesuffix("_head")
+    return FILES.get(data.rstrip("0123456789") if data.startswith("cifar") else data)
 
 
 def choose(given: argparse.Namespace) -> Iterator[Truth]:

@@ -13,6 +13,7 @@ from trak.evaluation import GroundTruth, random_subsets
 PUBLISHED = "kronfluence_lds_groundtruth.npz"
 """``rte_masks`` (100, 2432) and ``rte_margins`` (100, 277) of BERT retrainings."""
 
+JUDGED_BY_OTHERS = ("rte", "rte_top", "rte_head")
 
 SHIPPED = Path(__file__).with_name("banks")
 """Banks that judge without any retraining, in half precision."""
@@ -24,7 +25,7 @@ class MissingBankError(Exception):
 
 def judging_masks(truth: Truth) -> np.ndarray:
     """Give the subsets that judge a truth; no method sees them. Shape ``(s, n)``."""
-    if truth.name == "rte":
+    if truth.name in JUDGED_BY_OTHERS:
         return _published(truth).masks
     return random_subsets(truth.split.n, truth.n_subsets, seed=JUDGES)
 
@@ -45,7 +46,7 @@ def judges(truth: Truth, folder: Path, *, as_stored: bool) -> GroundTruth:
     Raises:
         MissingBankError: If fewer than 3 subsets are stored and none may be trained.
     """
-    if truth.name == "rte":
+    if truth.name in JUDGED_BY_OTHERS:
         return _published(truth)
     if not as_stored:
         return truth.judges(folder)
@@ -74,8 +75,10 @@ def given(truth: Truth, folder: Path, *, as_stored: bool) -> GroundTruth:
 
 def _published(truth: Truth) -> GroundTruth:
     with np.load(truth.root / PUBLISHED, allow_pickle=False) as archive:
-        masks = archive["rte_masks"].astype(bool)
-        return GroundTruth(masks, archive["rte_margins"][:, None].astype(np.float64))
+        train, targets = truth.split.rows
+        masks = archive["rte_masks"].astype(bool)[:, train]
+        margins = archive["rte_margins"].astype(np.float64)[:, targets]
+        return GroundTruth(masks, margins[:, None])
 
 
 def _stored(truth: Truth, path: Path, seed: int) -> GroundTruth:

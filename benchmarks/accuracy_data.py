@@ -22,11 +22,17 @@ FILES = {
     "mnist": "mnist70k.npz",
     "cifar": "cifar10_jpeg60k.tar.xz",
     "sst2": "sst2_sentences.{train,dev}.txt",
+    "qnli": "qnli_dev.tsv",
     "rte": "rte_{train,validation}.parquet and kronfluence_lds_groundtruth.npz",
     "webnlg": f"{facts_data.FILE}, {facts_models.WEIGHTS} and {facts_models.PIECES}",
 }
 """``mnist70k.npz``: ``x_train``, ``y_train``, ``x_test``, ``y_test``. The archive:
 ``{train,test}/CLASS/NNNN.jpg``. The sentences: ``LABEL text``, a line each."""
+
+QNLI_LABELS = ("entailment", "not_entailment")
+
+RTE_ROWS = 2432
+"""Of the 2,490 rows, those that the published subsets are of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,8 @@ class Split:
 
     train: tuple[Tensor, ...]
     targets: tuple[Tensor, ...]
+    rows: tuple[np.ndarray, np.ndarray] | None = None
+    """Which rows of their files they are, where not the first ones in order."""
 
     @property
     def n(self) -> int:
@@ -138,17 +146,31 @@ def sst2(root: Path, n: int, m: int, tokens: int) -> Split:
     return Split(*parts)
 
 
+def qnli(root: Path, n: int, m: int, tokens: int) -> Split:
+    """Draw pairs of a question and a sentence, which answers it (0) or not (1)."""
+    lines = (root / FILES["qnli"]).read_text("utf-8").splitlines()[1:]
+    chosen = np.random.default_rng(0).choice(len(lines), n + m, replace=False)
+    rows = [lines[index].split("\t") for index in chosen]
+    pairs = [(question, sentence) for _, question, sentence, _ in rows]
+    labels = torch.tensor([QNLI_LABELS.index(row[3]) for row in rows])
+    columns = (*tokenize(pairs, tokens), labels)
+    return Split(tuple(x[:n] for x in columns), tuple(x[n:] for x in columns))
+
+
 def rte(root: Path, tokens: int) -> Split:
+    """Read the pairs that the published retrainings know, the shortest first."""
     import pyarrow.parquet
 
-    parts = []
-    for part in ("train", "validation"):
+    parts, rows = [], []
+    for part, size in (("train", RTE_ROWS), ("validation", None)):
         table = pyarrow.parquet.read_table(root / f"rte_{part}.parquet").to_pydict()
         names = ("sentence1", "sentence2", "label")
-        first, second, labels = (table[name] for name in names)
+        first, second, labels = (table[name][:size] for name in names)
         ids = tokenize(list(zip(first, second, strict=True)), tokens)
-        parts.append((*ids, torch.tensor(labels)))
-    return Split(*parts)
+        order = ids[2].sum(1).argsort(stable=True)
+        parts.append(tuple(x[order] for x in (*ids, torch.tensor(labels))))
+        rows.append(order.numpy())
+    return Split(*parts, rows=tuple(rows))
 
 
 def webnlg(root: Path, tokens: int) -> Split:

@@ -6,6 +6,8 @@ the order of the batches and dropout.
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -32,8 +34,12 @@ class Recipe:
     autocast: bool = False
     """Whether training computes in bfloat16, which newer CPUs do several times faster."""
 
+    alike: bool = False
+    """Whether texts of a length share a batch, which is cut to the longest of them."""
+
     def as_dict(self) -> dict[str, int | float | str | bool]:
-        return asdict(self)
+        # What is stored of truths that know nothing of lengths stays theirs.
+        return {k: v for k, v in asdict(self).items() if k != "alike" or v}
 
 
 def train(
@@ -70,9 +76,14 @@ def train(
             optimizer, lambda step: _triangle((step + 1) / steps)
         )
         for epoch in range(recipe.epochs):
-            order = chosen[torch.randperm(len(chosen))]
-            for start in range(0, a_pass * recipe.batch, recipe.batch):
-                batch = tuple(p[order[start : start + recipe.batch]] for p in data)
+            order = chosen[torch.randperm(len(chosen))][: a_pass * recipe.batch]
+            batches = order.split(recipe.batch)
+            if recipe.alike:
+                batches = _alike(order, data, recipe.batch)
+            for rows in batches:
+                batch = tuple(part[rows] for part in data)
+                if recipe.alike:
+                    batch = trimmed(batch)
                 with torch.autocast("cpu", torch.bfloat16, enabled=recipe.autocast):
                     value = loss(model, batch)
                 optimizer.zero_grad()
@@ -82,6 +93,30 @@ def train(
             if keep is not None:
                 keep(epoch, model)
     return model.eval()
+
+
+def _alike(order: Tensor, data: Batch, size: int, window: int = 8) -> list[Tensor]:
+    """Cut an order into batches, each of neighbours by length in a window of batches."""
+    lengths = data[2].sum(1)
+    found: list[Tensor] = []
+    for part in order.split(window * size):
+        found += part[lengths[part].argsort(stable=True)].split(size)
+    return [found[place] for place in torch.randperm(len(found))]
+
+
+def trimmed(batch: Batch) -> Batch:
+    """Leave out the columns of ids, segments and mask that no text of a batch reaches.
+
+    Returns:
+        The batch, as wide as its longest text; labels as they are.
+
+    Example:
+        >>> ids, mask = torch.tensor([[5, 0]]), torch.tensor([[1, 0]])
+        >>> trimmed((ids, ids, mask, torch.tensor([1])))[0]
+        tensor([[5]])
+    """
+    width = max(1, int(batch[2].sum(1).max()))
+    return (*(part[:, :width] for part in batch[:3]), *batch[3:])
 
 
 def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -210,3 +245,70 @@ def minilm(labels: int = 2) -> nn.Module:
     holder = nn.Module()
     holder.inner = BertForSequenceClassification(config)
     return with_minilm_weights(holder).inner
+
+
+def head(width: int) -> nn.Module:
+    """Two layers on vectors of MiniLM, to two classes."""
+    return nn.Sequential(nn.Linear(width, 64), nn.GELU(), nn.Linear(64, 2))
+
+
+# -- MiniLM, its upper layers trained -------------------------------------------------
+
+
+def minilm_top(layers: int = 2) -> nn.Module:
+    """MiniLM of which the last layers, the pooler and a new head are trained."""
+    model = copy.deepcopy(_frozen_minilm(layers))
+    head = model.classifier
+    nn.init.normal_(head.weight, std=model.config.initializer_range)
+    nn.init.zeros_(head.bias)
+    return model
+
+
+@functools.cache
+def _frozen_minilm(layers: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        model = minilm().eval().requires_grad_(False)
+    for part in (*model.bert.encoder.layer[-layers:], model.bert.pooler):
+        part.requires_grad_(True)
+    model.classifier.requires_grad_(True)
+    return model
+
+
+def upper_layers(model: nn.Module) -> list[nn.Module]:
+    """List the layers of an encoder that are trained."""
+    layers = model.bert.encoder.layer
+    return [part for part in layers if next(part.parameters()).requires_grad]
+
+
+@torch.no_grad()
+def below(model: nn.Module, data: Batch) -> Batch:
+    """Compute, once for all trainings, what the layers that are trained are given.
+
+    Returns:
+        States in the place of the ids.
+    """
+    depth = len(upper_layers(model))
+    order = data[2].sum(1).argsort()
+    states = torch.zeros(*data[0].shape, model.config.hidden_size)
+    for part in order.split(32):
+        ids, kinds, mask, _ = trimmed(tuple(column[part] for column in data))
+        found = model.eval().bert(
+            input_ids=ids,
+            token_type_ids=kinds,
+            attention_mask=mask,
+            output_hidden_states=True,
+        )
+        states[part, : ids.shape[1]] = found.hidden_states[-1 - depth]
+    return (states, *data[1:])
+
+
+def top_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean loss of a batch that :func:`below` computed."""
+    states, _, mask, labels = batch
+    seen = mask[:, None, None, :].bool()
+    for layer in upper_layers(model):
+        found = layer(states, attention_mask=seen)
+        states = found if isinstance(found, Tensor) else found[0]
+    pooled = model.dropout(model.bert.pooler(states))
+    logits = model.classifier(pooled)
+    return nn.functional.cross_entropy(logits.float(), labels)

@@ -27,7 +27,7 @@ EXPONENTS = tuple((a, b) for a in (0.25, 0.0) for b in (0.5, 0.25, 0.75, 1.0))
 SMALL = ("digits", "diabetes", "mnist", "cifar4")
 """Truths whose models have fewer than 100,000 parameters."""
 
-TEXT = ("sst2", "rte")
+TEXT = ("sst2", "rte", "sst2_top", "qnli_top", "rte_top")
 
 LANGUAGE = ("webnlg",)
 """Truths of language models."""

@@ -151,7 +151,8 @@ def validation_table(results: Row) -> str:
 
 def counterfactual_table(results: Row) -> str:
     lines = []
-    for row in results["counterfactual"]:
+    known = [row for row in results["counterfactual"] if "wrong" not in row]
+    for row in known:
         cells = [
             f"{mean:.2f} [{low:.2f}, {high:.2f}]"
             for mean, (low, high) in zip(row["mean"], row["interval"], strict=True)
@@ -161,10 +162,39 @@ def counterfactual_table(results: Row) -> str:
     head = ("truth", "removed by", "1 %", "2 %", "5 %", "10 %")
     if not lines:
         return ""
-    row = results["counterfactual"][0]
+    row = known[0]
     note = (
         f"Fall of the margin; {row['targets']} targets, each removal retrained "
         f"{row['repeats']} times."
+    )
+    return f"{table(head, lines)}\n\n{note}"
+
+
+def wrong_table(results: Row) -> str:
+    """Lay out what removals do to targets of two classes, margins and labels."""
+    rows = [row for row in results["counterfactual"] if "wrong" in row]
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["truth"], row["ks"])):
+        fall, low, high = row["mean"][0], *row["interval"][0]
+        share = row["ks"][0] / row["n"]
+        lines.append((
+            row["title"],
+            f"{share:.0%}",
+            row["name"],
+            f"{fall:.2f} [{low:.2f}, {high:.2f}]",
+            *(
+                "{:.0%} [{:.0%}, {:.0%}]".format(*row[part])
+                for part in ("wrong", "before")
+            ),
+        ))
+    if not lines:
+        return ""
+    head = ("truth", "removed", "by", "fall of the margin", "wrong label", "before")
+    row = rows[0]
+    note = (
+        f"{row['targets']} targets, each removal retrained {row['repeats']} times. "
+        f"*Wrong label* is the share of retrained models that give a target the other "
+        f"label, *before* that of models from which nothing was removed."
     )
     return f"{table(head, lines)}\n\n{note}"
 
@@ -182,6 +212,7 @@ def sections(results: Row) -> dict[str, str]:
         "versus": versus_table(results),
         "validation": validation_table(results),
         "counterfactual": counterfactual_table(results),
+        "wrong": wrong_table(results),
     }
     for truth in results["truths"]:
         found[truth] = methods_table(results, truth)

@@ -19,6 +19,7 @@ import facts_models
 import numpy as np
 import torch
 from accuracy_models import Recipe
+from accuracy_states import vectors
 from torch import Tensor, nn
 
 from trak.evaluation import GroundTruth, random_subsets, retrain_subsets
@@ -54,6 +55,9 @@ class Truth:
     from_root: bool = False
     """Whether the model's first weights are read with the data."""
 
+    below: Callable[[nn.Module, models.Batch], models.Batch] | None = None
+    """What trainings start from, where that is not the data but frozen layers' states."""
+
     root: Path = Path()
     """Directory of the data."""
 
@@ -64,6 +68,12 @@ class Truth:
     @cached_property
     def split(self) -> data.Split:
         return self.read(self.root)
+
+    @cached_property
+    def material(self) -> models.Batch:
+        """What models are trained on."""
+        train = self.split.train
+        return self.below(self.model, train) if self.below else train
 
     @cached_property
     def model(self) -> nn.Module:
@@ -91,11 +101,13 @@ class Truth:
         rows = list(zip(*columns, strict=True))
         if self.names:
             return [dict(zip(self.names, row, strict=True)) for row in rows]
+        if self.recipe.alike:
+            rows = [models.trimmed(row) for row in rows]
         return rows
 
     def train(self, indices: np.ndarray, seed: int) -> nn.Module:
         return models.train(
-            self.build, self.loss, self.split.train, indices, seed, self.recipe
+            self.build, self.loss, self.material, indices, seed, self.recipe
         )
 
     @torch.no_grad()
@@ -222,8 +234,10 @@ RTE = Truth(
     make=models.minilm,
     loss=models.text_loss,
     read=lambda root: data.rte(root, 128),
-    recipe=Recipe(3, 1e-4, batch=32, optimizer="adamw", decay=0.01, autocast=True),
-    n_checkpoints=5,
+    recipe=Recipe(
+        3, 1e-4, 32, optimizer="adamw", decay=0.01, autocast=True, alike=True
+    ),
+    n_checkpoints=3,
     batch=16,
 )
 WEBNLG = Truth(
@@ -239,6 +253,62 @@ WEBNLG = Truth(
     names=("input_ids", "attention_mask"),
     from_root=True,
 )
+TOP = Recipe(
+    3, 5e-4, batch=32, optimizer="adamw", decay=0.01, autocast=True, alike=True
+)
+SST2_TOP = replace(
+    SST2,
+    name="sst2_top",
+    title="SST-2 1,000, two layers of MiniLM (3.7M)",
+    n_checkpoints=5,
+    make=models.minilm_top,
+    loss=models.top_loss,
+    below=models.below,
+    recipe=TOP,
+)
+QNLI_TOP = replace(
+    SST2_TOP,
+    name="qnli_top",
+    title="QNLI 1,000, two layers of MiniLM (3.7M)",
+    read=lambda root: data.qnli(root, 1000, 200, 96),
+)
+RTE_TOP = replace(
+    SST2_TOP,
+    name="rte_top",
+    title="RTE 2,432, two layers of MiniLM (3.7M) judged by others' BERT",
+    read=lambda root: data.rte(root, 128),
+    batch=16,
+)
+HEAD = Recipe(10, 2e-3, batch=32, optimizer="adamw", decay=0.01)
+SST2_HEAD = Truth(
+    name="sst2_head",
+    title="SST-2 1,000, a head on MiniLM's vectors (25k)",
+    task="image_classification",
+    make=lambda: models.head(384),
+    loss=models.image_loss,
+    read=lambda root: vectors(data.sst2(root, 1000, 200, 64)),
+    recipe=HEAD,
+    n_checkpoints=10,
+    n_repeats=2,
+)
+QNLI_HEAD = replace(
+    SST2_HEAD,
+    name="qnli_head",
+    title="QNLI 1,000, a head on MiniLM's vectors (98k)",
+    make=lambda: models.head(4 * 384),
+    read=lambda root: vectors(data.qnli(root, 1000, 200, 96)),
+)
+RTE_HEAD = replace(
+    QNLI_HEAD,
+    name="rte_head",
+    title="RTE 2,432, a head on MiniLM's vectors (98k) judged by others' BERT",
+    read=lambda root: vectors(data.rte(root, 128)),
+)
 
-ALL = DIGITS, DIABETES, MNIST, CIFAR4, CIFAR2, SST2, RTE, WEBNLG
-TRUTHS = {truth.name: truth for truth in ALL}
+TRUTHS = {
+    truth.name: truth
+    for truth in (
+        *(DIGITS, DIABETES, MNIST, CIFAR4, CIFAR2, SST2, RTE, WEBNLG),
+        *(SST2_TOP, QNLI_TOP, RTE_TOP, SST2_HEAD, QNLI_HEAD, RTE_HEAD),
+    )
+}

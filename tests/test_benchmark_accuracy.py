@@ -19,8 +19,10 @@ MODULES = (
     "banks",
     "cells",
     "choosing",
+    "counterfactual",
     "data",
     "judging",
+    "models",
     "plan",
     "plot",
     "report",
@@ -247,6 +249,147 @@ def test_without_a_directory_all_that_need_one_are_left_out(accuracy, capsys):
     assert "pass --data" in capsys.readouterr().out
 
 
+def test_parts_of_a_model_want_the_data_of_the_whole(accuracy):
+    names = {name: accuracy.main.file_of(name) for name in accuracy.truths.TRUTHS}
+    assert names["qnli_head"] == names["qnli_top"] == "qnli_dev.tsv"
+    assert names["rte_head"] == names["rte"]
+
+
+# -- texts of many lengths ------------------------------------------------------------
+
+
+def lengths(n=40, width=9):
+    """Ids that count rows from 1, segments, masks of lengths from 1 to ``width``."""
+    mask = (torch.arange(width) < 1 + torch.arange(n)[:, None] % width).long()
+    ids = mask * (1 + torch.arange(n)[:, None])
+    return ids, torch.zeros_like(ids), mask, torch.arange(n) % 2
+
+
+def test_batches_of_a_length_are_as_wide_as_their_longest_text(accuracy):
+    ids, _, mask, labels = accuracy.models.trimmed([x[:4] for x in lengths()])
+    assert ids.shape == mask.shape == (4, 4)
+    assert len(labels) == 4
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_every_text_is_seen_once_an_epoch(accuracy, alike):
+    data, seen = lengths(), []
+
+    def loss(model, batch):
+        seen.append((batch[0][:, 0].tolist(), batch[2].float().mean().item()))
+        return model(batch[0][:, :1].float()).sum()
+
+    recipe = accuracy.models.Recipe(2, 0.1, batch=4, alike=alike)
+    accuracy.models.train(
+        lambda: torch.nn.Linear(1, 1), loss, data, np.arange(40), 0, recipe
+    )
+    rows = [row for batch, _ in seen for row in batch]
+    assert sorted(rows[:40]) == sorted(rows[40:]) == list(range(1, 41))
+    full = float(np.mean([share for _, share in seen]))
+    assert (full > 0.8) == alike
+
+
+def test_what_is_stored_of_other_truths_stays_theirs(accuracy):
+    assert "alike" not in accuracy.truths.TRUTHS["sst2"].recipe.as_dict()
+    assert accuracy.truths.TRUTHS["sst2_top"].recipe.as_dict()["alike"] is True
+
+
+def test_upper_layers_give_what_the_whole_model_gives(accuracy, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    models = accuracy.models
+
+    def small():
+        config = transformers.BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=12,
+        )
+        return transformers.BertForSequenceClassification(config)
+
+    monkeypatch.setattr(models, "minilm", small)
+    models._frozen_minilm.cache_clear()
+    model, data = models.minilm_top(2), lengths()
+    models._frozen_minilm.cache_clear()
+    assert len(models.upper_layers(model)) == 2
+    assert not model.bert.embeddings.word_embeddings.weight.requires_grad
+    whole, upper = models.text_loss(model, data), models.below(model, data)
+    torch.testing.assert_close(models.top_loss(model, upper), whole)
+
+
+def test_vectors_do_not_depend_on_padding_or_neighbours(
+    accuracy, tmp_path, monkeypatch
+):
+    transformers = pytest.importorskip("transformers")
+    states = importlib.import_module("accuracy_states")
+    config = transformers.BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=12,
+    )
+    model = transformers.BertForSequenceClassification(config)
+    monkeypatch.setattr(states, "minilm", lambda: model)
+    monkeypatch.setattr(states, "STORED", tmp_path)
+    ids, kinds, mask, labels = lengths()
+    split = accuracy.data.Split(
+        (ids, kinds, mask, labels), (ids[:3], kinds[:3], mask[:3], labels[:3])
+    )
+    found = states.vectors(split)
+    assert found.train[0].shape == (40, 16)
+    torch.testing.assert_close(found.targets[0], found.train[0][:3])
+    model.eval()
+    alone = model.bert(ids[2:3, :3]).last_hidden_state.mean(1)
+    torch.testing.assert_close(
+        found.train[0][2:3], torch.nn.functional.normalize(alone).detach()
+    )
+    # A pair: its second text is read by itself, behind the first token of the first.
+    row = torch.tensor([[7, 8, 9, 4, 5, 9]])
+    second = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    u, v, apart, product = states._embed(
+        model.bert, [row, second, torch.ones_like(row)]
+    ).split(16, dim=1)
+    wanted = model.bert(torch.tensor([[7, 4, 5, 9]])).last_hidden_state.mean(1)
+    torch.testing.assert_close(v, torch.nn.functional.normalize(wanted).detach())
+    torch.testing.assert_close(apart, (u - v).abs())
+    torch.testing.assert_close(product, u * v)
+
+
+# -- counterfactuals of two classes ---------------------------------------------------
+
+
+def test_a_label_is_wrong_where_the_margin_is_negative(accuracy):
+    """Rows: nothing removed; a target's own by one method; one random removal."""
+    margins = np.ones((4, 2, 2))
+    margins[1, :, 0] = -1  # without the first target's top, both retrainings
+    margins[1, :, 1] = -1  # that is no matter of the second target's
+    margins[2, 0, 1] = -1  # without the second's, one of two
+    margins[3, 1, 0] = -1
+    bank = GroundTruth(np.ones((4, 5), dtype=bool), margins)
+    found = accuracy.counterfactual.wrong_labels(bank, ["TRAK", "random"])
+    assert found[""][0] == 0
+    assert found["TRAK"][0] == pytest.approx(0.75)
+    assert found["random"][0] == pytest.approx(0.25)
+
+
+def test_targets_are_right_by_a_modest_margin(accuracy, monkeypatch):
+    margins = np.array([[3.0, -1, 0.5, 1, 9], [3, 2, 0.5, 1, 9]])
+    states = iter(margins)
+
+    truth = SimpleNamespace(
+        model=SimpleNamespace(load_state_dict=lambda _: None, eval=lambda: None),
+        checkpoints=lambda _: range(2),
+        outputs=lambda _: next(states),
+    )
+    monkeypatch.setattr(accuracy.counterfactual, "replace", lambda truth, **_: truth)
+    removals = accuracy.counterfactual.TEXT
+    runner = SimpleNamespace(folder=Path())
+    found = accuracy.counterfactual._modest(truth, runner, removals, 2)
+    np.testing.assert_array_equal(found, [2, 3])
+
+
 # -- banks ----------------------------------------------------------------------------
 
 
@@ -315,6 +458,17 @@ def results(accuracy):
         "counterfactual": [curve],
         "validation": accuracy.judging.validation(rows),
     }
+
+
+def test_wrong_labels_have_a_table_of_their_own(accuracy, results):
+    curve = {**results["counterfactual"][0], "title": "SST-2", "n": 100, "ks": [5]}
+    share = {"wrong": [0.75, 0.4, 1.0], "before": [0.0, 0.0, 0.0]}
+    curve |= {"mean": [3.4], "interval": [[3.2, 3.5]], **share}
+    results["counterfactual"].append(curve)
+    found = accuracy.report.sections(results)
+    assert "SST-2" not in found["counterfactual"]
+    row = "| SST-2 | 5% | TRAK | 3.40 [3.20, 3.50] | 75% [40%, 100%] | 0% [0%, 0%] |"
+    assert row in found["wrong"]
 
 
 def test_tables_say_what_was_chosen_on_the_truth(accuracy, results):
