@@ -49,13 +49,15 @@ REMOVED = 10
 GROUP = 8
 """Facts whose texts are removed together: a retraining answers for all of them."""
 
+PARTS = ("models", "retrieval", "counterfactual")
+
 KNOWN = 0.8
 """Share of the checkpoints that must have a fact right."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, default=Path())
     parser.add_argument("--models", default=",".join(KINDS))
     parser.add_argument("--work", type=Path, default=HERE / "results" / "facts")
     parser.add_argument("--checkpoints", type=int, default=5)
@@ -64,6 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shard", default="0/1", help="retrain only these: 0/2, 1/2")
     parser.add_argument("--only", choices=["retrieval", "counterfactual"])
     parser.add_argument("--render", action="store_true", help="print what is stored")
+    parser.add_argument("--page", type=Path, help="page that takes the tables")
     return parser.parse_args()
 
 
@@ -303,25 +306,46 @@ def _interval(values: np.ndarray) -> tuple[float, float]:
 # -- tables ---------------------------------------------------------------------------
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """Write both tables."""
-    lines = []
+def tables(results: dict[str, Any]) -> dict[str, str]:
+    """Write the tables of both questions, a model after the other."""
+    found = {"retrieval": [], "removal": []}
     for name, about in results["models"].items():
-        lines += ["", f"### {about['title']}", ""]
-        lines += ["| method | MRR | recall@5 | recall@10 |", "|---|---|---|---|"]
-        for row in results["retrieval"]:
-            if row["model"] == name:
-                cells = [_shown(row[k]) for k in ("MRR", "recall@5", "recall@10")]
-                lines.append(f"| {' | '.join([row['method'], *cells])} |")
-        rows = [row for row in results["counterfactual"] if row["model"] == name]
-        if not rows:
-            continue
-        lines += ["", "| removed | texts a fact | lost | fall of the margin |"]
-        lines += ["|---|---|---|---|"]
-        for row in rows:
+        for part, rows in (
+            ("retrieval", _retrieved(results["retrieval"], name)),
+            ("removal", _removed(results["counterfactual"], name)),
+        ):
+            if len(rows) > 2:
+                found[part] += ["", f"**{about['title']}**", "", *rows]
+    return {part: "\n".join(lines).strip() for part, lines in found.items()}
+
+
+def _retrieved(rows: list[dict[str, Any]], model: str) -> list[str]:
+    lines = ["| method | MRR | recall@5 | recall@10 |", "|---|---|---|---|"]
+    for row in rows:
+        if row["model"] == model:
+            cells = [_shown(row[k]) for k in ("MRR", "recall@5", "recall@10")]
+            lines.append(f"| {' | '.join([row['method'], *cells])} |")
+    return lines
+
+
+def _removed(rows: list[dict[str, Any]], model: str) -> list[str]:
+    lines = ["| removed | texts a fact | lost | fall |", "|---|---|---|---|"]
+    for row in rows:
+        if row["model"] == model:
             cells = [f"{row['removed']:.1f}", _shown(row["lost"]), _shown(row["fall"])]
             lines.append(f"| {' | '.join([row['method'], *cells])} |")
-    return "\n".join(lines)
+            about = f"{row['facts']} facts; retrainings of each group: {row['repeats']}"
+    return [*lines, "", about] if len(lines) > 2 else lines
+
+
+def filled(page: str, parts: dict[str, str]) -> str:
+    """Put tables between the marks of a page."""
+    for part, text in parts.items():
+        start = f"<!-- facts:{part} -->"
+        head, rest = page.split(start)
+        tail = rest[rest.index("<!-- facts:end -->") :]
+        page = f"{head}{start}\n\n{text}\n\n{tail}"
+    return page
 
 
 def _shown(value: list[float]) -> str:
@@ -333,7 +357,11 @@ def main() -> int:
     given = parse()
     output = given.work / "facts.json"
     if given.render:
-        print(markdown(json.loads(output.read_text())))
+        parts = tables(json.loads(output.read_text()))
+        print("\n\n".join(parts.values()))
+        if given.page:
+            page = given.page.read_text(encoding="utf-8")
+            given.page.write_text(filled(page, parts), encoding="utf-8")
         return 0
     results: dict[str, Any] = {
         "machine": {
@@ -347,6 +375,9 @@ def main() -> int:
         "retrieval": [],
         "counterfactual": [],
     }
+    if output.exists():  # of other models, or of the other question
+        stored = json.loads(output.read_text())
+        results |= {key: stored[key] for key in PARTS}
     for name in given.models.split(","):
         run = Run(open_model(name, given.data), given.work / name, given.checkpoints)
         results["models"][name] = {
@@ -357,12 +388,17 @@ def main() -> int:
             "recipe": run.model.recipe.as_dict(),
         }
         if given.only != "counterfactual":
-            results["retrieval"] += retrieval(run)
+            results["retrieval"] = _others(results, "retrieval", name) + retrieval(run)
         if given.only != "retrieval":
-            results["counterfactual"] += counterfactual(run, given)
+            others = _others(results, "counterfactual", name)
+            results["counterfactual"] = others + counterfactual(run, given)
         output.write_text(json.dumps(results, indent=1))
-    print(markdown(results))
+    print("\n\n".join(tables(results).values()))
     return 0
+
+
+def _others(results: dict[str, Any], part: str, model: str) -> list[dict[str, Any]]:
+    return [row for row in results[part] if row["model"] != model]
 
 
 if __name__ == "__main__":
