@@ -22,7 +22,7 @@ from trak.errors import GradientError, TaskError, TrakError
 from trak.gradient_computers._copies import Nowhere, arrangements, shortened
 from trak.gradient_computers._functional import FunctionalGradientComputer
 from trak.gradient_computers._ladder import HOOKED, Ladder, Rung
-from trak.gradient_computers._layouts import EXPANDED
+from trak.gradient_computers._layouts import EXPANDED, Layout
 from trak.gradient_computers._proof import (
     EXAMPLES,
     FIRST_RECHECK,
@@ -194,6 +194,11 @@ class Engine:
         Raises:
             GradientError: If there is no slower way.
         """
+        derived = set() if self._last is None else self._last.derived
+        if not derived.issuperset(
+            wrong
+        ):  # else right perhaps, once those before it are
+            wrong = {name: wrong[name] for name in wrong if name not in derived}
         changed = self._other_arrangements(wrong)
         wrong = {name: share for name, share in wrong.items() if name not in changed}
         for name, share in wrong.items():
@@ -367,8 +372,8 @@ class Engine:
         with torch.no_grad():
             self.outputs(batch)
         self._last = tape
-        said = shortened(str(error))
-        self.distrust(f"{type(error).__name__} in a pass with hooks: {said}")
+        name, said = type(error).__name__, shortened(str(error))
+        self.distrust(f"{name} in a pass with hooks: {said}")
 
     def distrust(self, reason: str) -> None:
         """Expand nothing over the batch any more; if nothing was, use no hooks.
@@ -379,14 +384,17 @@ class Engine:
         Raises:
             GradientError: If there are no hooks to blame.
         """
-        used = set() if self._last is None else self._last.used
-        expanded = {use.name for use in used if use.layout in EXPANDED}
-        suspects = [it for it in self.ladder.stations if it.name in expanded]
-        for station in suspects:
-            station.excluded |= EXPANDED
-            self.ladder.move_down(list(station.copied.values()), reason)
+        used = self._last.used if self._last else set()
+        for layouts in (EXPANDED, {Layout.APART}):
+            changed = {use.name for use in used if use.layout in layouts}
+            suspects = [it for it in self.ladder.stations if it.name in changed]
+            if suspects:
+                break
+        for it in suspects:
+            it.excluded |= layouts
+            replaced = [*it.copied.values(), *it.followed.values()]
+            self.ladder.move_down(replaced, reason)
         if not suspects:
-            hooked = self.ladder.served_by(*HOOKED)
-            if not hooked:
+            if not self.ladder.served_by(*HOOKED):
                 raise GradientError(unrest(self.modelout_fn))
             self.ladder.leave_hooks(reason)

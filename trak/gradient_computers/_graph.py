@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812  PyTorch's own name for it
 
 
 class Saved:
@@ -46,6 +47,28 @@ def start(value: Tensor, anchor: Tensor) -> Tensor:
     """Copy a value so that it needs gradients, and ``anchor`` with it."""
     started: Tensor = Start.apply(value, anchor)  # type: ignore[no-untyped-call]
     return started
+
+
+class Watched(Tensor):
+    """A weight of an embedding that sees the look-ups in it, whatever is around them.
+
+    Attributes:
+        seen: Gets the ids and what was looked up, and returns what to go on with.
+    """
+
+    seen: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run any function of PyTorch on the weight, and show look-ups."""
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        is_lookup = func is F.embedding and isinstance(args[1], Watched)
+        if is_lookup and args[1].seen is not None:
+            result = args[1].seen(args[0], result)
+        return result
 
 
 def on_gradient(value: Tensor, function: Callable[[Tensor], None]) -> None:

@@ -89,7 +89,9 @@ class HookGradientComputer(SelectiveGradientComputer):
             A station for each, to listen there; the engine's own are left as they are.
         """
         return [
-            dataclasses.replace(it, by_rule=dict(it.by_rule), by_module={}, copied={})
+            dataclasses.replace(
+                it, by_rule=dict(it.by_rule), by_module={}, copied={}, followed={}
+            )
             for it in self._made().ladder.stations
             if it.by_rule
         ]

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from trak._params import Selection
-from trak.gradient_computers._layer_rules import LayerRule, rule_for
+from trak.gradient_computers._layer_rules import LayerRule, inner_rule_for, rule_for
 from trak.gradient_computers._stations import Station
 
 
@@ -27,6 +27,9 @@ class Rung(str, Enum):
     MODULE = "modules run again"
     """``vmap`` over a single module, on what it got in the batch."""
 
+    FOLLOWED = "followed to the examples"
+    """What is made of a parameter is copied for each example where it meets them."""
+
     VMAP = "vmap over the whole model"
     """``torch.func``, with respect to the parameters that are left."""
 
@@ -34,11 +37,15 @@ class Rung(str, Enum):
     """A forward and a backward pass for each example."""
 
 
-HOOKED = frozenset({Rung.LAYER, Rung.COPIES, Rung.MODULE})
+HOOKED = frozenset({Rung.LAYER, Rung.COPIES, Rung.MODULE, Rung.FOLLOWED})
 """What takes part in the one batched pass."""
 
 LARGEST_COPY = 2**15
 """Entries above which a parameter is not copied for each example."""
+
+LARGEST_FOLLOWED = 2**20
+"""Entries above which a parameter is not followed, as a gradient of it for each example is
+held until the end of the pass."""
 
 LARGEST_SHARE = 0.25
 """Share of the model's parameters above which a module is not run again.
@@ -159,22 +166,29 @@ class Ladder:
     def _ways_at(self, owner: _Owner) -> tuple[list[Rung], str]:
         module, local = owner.module, owner.local
         kind = type(module).__name__
-        if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        if isinstance(module, nn.RNNBase) or answers_for_parts(module):
             return [Rung.MODULE], f"{kind} has no layer rule"
         if _is_derived(module, local):
             return [], "a weight is computed from it before any example is seen"
         rule = rule_for(module)
+        parameter = module._parameters[local]
+        size = 0 if parameter is None else parameter.numel()
+        last = [Rung.FOLLOWED] if 0 < size <= LARGEST_FOLLOWED else []
         if isinstance(rule, LayerRule) and local in rule.parameters:
-            return [Rung.LAYER], ""
+            is_table = isinstance(module, nn.Embedding)
+            return [Rung.LAYER, *(last if is_table else [])], ""
         reason = rule if isinstance(rule, str) else f"{kind} has another {local}"
         ways = []
-        parameter = module._parameters[local]
-        if parameter is not None and parameter.numel() <= LARGEST_COPY:
+        inner = inner_rule_for(module)
+        if inner is not None and local in inner.parameters:
+            ways.append(Rung.LAYER)
+        if 0 < size <= LARGEST_COPY:
             ways.append(Rung.COPIES)
         size = sum(value.numel() for value in module.parameters())
         is_leaf = all(child.numel() == 0 for child in _below(module))
         if is_leaf or size <= LARGEST_SHARE * self._total:
             ways.append(Rung.MODULE)
+        ways += last
         if not ways:
             reason = f"{kind} is a large module with a parameter of its own"
         return ways, reason
@@ -191,7 +205,11 @@ class Ladder:
                 has_rule = station.rule and owner.local in station.rule.parameters
                 if ways[0] is Rung.LAYER and not has_rule:
                     continue
-                if has_rule and ways[0] is not Rung.COPIES:
+                if ways[0] is Rung.FOLLOWED:
+                    station.followed[owner.local] = name
+                    continue
+                is_forced = has_rule and not station.is_inside
+                if is_forced or ways[0] is Rung.LAYER:
                     station.by_rule[owner.local] = name
                 elif ways[0] is Rung.COPIES:
                     station.copied[owner.local] = name
@@ -202,10 +220,12 @@ class Ladder:
 
     def _station(self, owner: _Owner) -> Station:
         if owner.name not in self._all_stations:
-            attention = isinstance(owner.module, nn.MultiheadAttention)
+            attention = answers_for_parts(owner.module)
             rule = None if attention else rule_for(owner.module)
-            known = rule if isinstance(rule, LayerRule) else None
-            made = Station(owner.name, owner.module, known)
+            inner = None if attention else inner_rule_for(owner.module)
+            is_inside = inner is not None and not isinstance(rule, LayerRule)
+            known = rule if isinstance(rule, LayerRule) else inner
+            made = Station(owner.name, owner.module, known, is_inside=is_inside)
             self._all_stations[owner.name] = made
         return self._all_stations[owner.name]
 
@@ -247,6 +267,20 @@ def _is_derived(module: nn.Module, local: str) -> bool:
     )
 
 
+def answers_for_parts(module: nn.Module) -> bool:
+    """Tell whether a module uses the weights of its parts without calling them.
+
+    Returns:
+        Whether it does; attention pooling of CLIP is known by its name.
+
+    Example:
+        >>> answers_for_parts(nn.MultiheadAttention(2, 1))
+        True
+    """
+    named = type(module).__name__ == "AttentionPool2d"
+    return named or isinstance(module, nn.MultiheadAttention)
+
+
 def _below(module: nn.Module) -> Iterator[nn.Parameter]:
     for child in module.children():
         yield from child.parameters()
@@ -271,7 +305,7 @@ def _owners(
     owners: dict[str, list[_Owner]] = {name: [] for name in names}
     attention: tuple[str, nn.Module] | None = None
     for module_name, module in model.named_modules(remove_duplicate=True):
-        if isinstance(module, nn.MultiheadAttention):
+        if answers_for_parts(module):
             attention = (module_name, module)
         above = attention[0] + "." if attention and attention[0] else ""
         inside = attention is not None and module_name.startswith(above)

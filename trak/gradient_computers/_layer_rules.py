@@ -21,7 +21,7 @@ from trak.gradient_computers._layer_rules_norm import (
     RMSNormRule,
 )
 
-__all__ = ["LayerRule", "SegmentRule", "rule_for"]
+__all__ = ["LayerRule", "SegmentRule", "inner_rule_for", "rule_for"]
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
@@ -88,6 +88,27 @@ def rule_for(module: nn.Module) -> LayerRule | str:
         if not value.is_floating_point():
             return f"the {key} of {name} is {value.dtype}"
     return _reason_in_state(module) or rule
+
+
+def inner_rule_for(module: nn.Module) -> LayerRule | None:
+    """Find the rule for the look-up in an embedding that does more than look up.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        The rule, which holds for the ids and rows of ``F.embedding``, wherever its forward
+        calls that with the module's weight; None if it is no embedding.
+
+    Example:
+        >>> inner_rule_for(nn.Linear(1, 1)) is None
+        True
+    """
+    if not isinstance(module, nn.Embedding) or _reason_in_state(module):
+        return None
+    weight = module._parameters.get("weight")
+    known = weight is not None and weight.is_floating_point()
+    return _RULES[nn.Embedding] if known else None
 
 
 def _rule_of_class(module: nn.Module) -> LayerRule | str:

@@ -30,9 +30,15 @@ class Layout(str, Enum):
     ABSENT = "no dimension of examples"
     """``(t, w)``, broadcast later; it is expanded to ``(b, t, w)`` first."""
 
+    APART = "no example has a part in it"
+    """Any shape; followed up to where it meets the examples, and expanded there."""
+
 
 EXPANDED = frozenset({Layout.SHARED, Layout.ABSENT})
 """Layouts whose outputs are replaced by larger ones, which a model may not expect."""
+
+WITHOUT_EXAMPLES = EXPANDED | {Layout.APART}
+"""Layouts of outputs that are the same for all examples."""
 
 _POSITIONWISE = (nn.Linear, nn.LayerNorm, nn.Embedding)
 
@@ -99,7 +105,7 @@ def by_example(tensor: Tensor, layout: Layout, b: int) -> Tensor:
             return tensor.transpose(0, 1)
         case Layout.FLAT:
             return tensor.reshape(b, len(tensor) // b, *tensor.shape[1:])
-        case Layout.ABSENT:
+        case Layout.ABSENT | Layout.APART:
             return tensor.expand(b, *tensor.shape)
         case _:
             return tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+FLAT = -1
+"""In the place of a dimension: several rows an example, next to each other."""
 
 Leaves = list[Tensor]
 Rebuild = Callable[[Leaves], Any]
@@ -39,7 +43,9 @@ def flatten(tree: Any) -> tuple[Leaves, Rebuild]:
     return [leaves[i] for i in places], rebuild
 
 
-def batch_dims(module: nn.Module, args: Any, kwargs: Any, b: int) -> list[int | None]:
+def batch_dims(
+    module: nn.Module, args: Any, kwargs: Any, b: int, rows: int = 0
+) -> list[int | None]:
     """Find the dimension of the examples in each tensor that a module got.
 
     Args:
@@ -47,10 +53,11 @@ def batch_dims(module: nn.Module, args: Any, kwargs: Any, b: int) -> list[int | 
         args: Its positional arguments.
         kwargs: Its arguments by name.
         b: Number of examples.
+        rows: How many rows its outputs have if several are an example's, else 0.
 
     Returns:
-        For each tensor, in :func:`flatten`'s order, the dimension; None where all
-        examples share it.
+        For each tensor, in :func:`flatten`'s order, the dimension, or ``FLAT``; None where
+        all examples share it.
     """
     if isinstance(module, nn.RNNBase):
         first = 0 if module.batch_first else 1
@@ -58,20 +65,30 @@ def batch_dims(module: nn.Module, args: Any, kwargs: Any, b: int) -> list[int | 
         return [first, *[1] * states]
     if isinstance(module, nn.MultiheadAttention):
         return _attention_dims(module, args, kwargs)
-    return [_guess_dim(tensor, b) for tensor in flatten((args, kwargs))[0]]
+    tensors = flatten((args, kwargs))[0]
+    if rows:
+        return [FLAT if x.ndim and len(x) == rows else None for x in tensors]
+    return [_guess_dim(tensor, b) for tensor in tensors]
 
 
 def output_dims(module: nn.Module, outputs: Leaves, b: int) -> list[int | None]:
     """Find the dimension of the examples in each tensor that a module returned.
 
     Returns:
-        For each tensor the dimension, or None if there is none.
+        For each tensor the dimension, or None if there is none; ``FLAT`` where none has
+        one, and the examples can have several rows each.
     """
     if isinstance(module, nn.RNNBase):
         return [0 if module.batch_first else 1, *[1] * (len(outputs) - 1)]
     if isinstance(module, nn.MultiheadAttention):
         return [0 if module.batch_first else 1, *[0] * (len(outputs) - 1)]
-    return [_guess_dim(tensor, b) for tensor in outputs]
+    dims = [_guess_dim(tensor, b) for tensor in outputs]
+    if any(dim is not None for dim in dims):
+        return dims
+    rows = len(outputs[0]) if outputs and outputs[0].ndim else 0
+    if rows <= b or rows % b:
+        return dims
+    return [FLAT if x.ndim and len(x) == rows else None for x in outputs]
 
 
 def _attention_dims(
@@ -107,6 +124,9 @@ class ModuleCall:
 
     input_dims: list[int | None]
     """Their dimensions of examples."""
+
+    b: int
+    """Number of examples."""
 
     grads: dict[int, Tensor]
     """Gradients of its outputs, by position in :func:`flatten`'s order."""
@@ -154,19 +174,22 @@ class ModuleCall:
                 outputs,
                 plain,
                 [
-                    x if dim is None else _rows_of(x, dim, rows)
+                    x if dim is None else _rows_of(x, dim, rows, self.b)
                     for x, dim in zip(self.inputs, self.input_dims, strict=True)
                 ],
                 self.input_dims,
                 [
-                    _rows_of(g, dim, rows)
+                    _rows_of(g, dim, rows, self.b)
                     for g, dim in zip(self.grads.values(), dims, strict=True)
                 ],
                 dims,
             )
 
 
-def _rows_of(tensor: Tensor, dim: int, rows: slice) -> Tensor:
+def _rows_of(tensor: Tensor, dim: int, rows: slice, b: int) -> Tensor:
+    """Take some examples; of several rows each in a dimension of their own."""
+    if dim == FLAT:
+        dim, tensor = 0, tensor.reshape(b, len(tensor) // b, *tensor.shape[1:])
     return tensor.narrow(dim, rows.start, rows.stop - rows.start)
 
 
@@ -180,19 +203,28 @@ def _vectorised(
 ) -> dict[str, Tensor]:
     def one(tensors: Leaves, grads: Leaves) -> dict[str, Tensor]:
         tensors = [
-            x if dim is None else x.unsqueeze(dim)
+            x if dim is None or dim == FLAT else x.unsqueeze(dim)
             for x, dim in zip(tensors, dims, strict=True)
         ]
-        grads = [g.unsqueeze(dim) for g, dim in zip(grads, grad_dims, strict=True)]
+        grads = [
+            g if dim == FLAT else g.unsqueeze(dim)
+            for g, dim in zip(grads, grad_dims, strict=True)
+        ]
         _, pull, *_ = torch.func.vjp(
             lambda values: outputs(values, tensors), parameters
         )
         pulled: dict[str, Tensor] = pull(tuple(grads))[0]
         return pulled
 
-    vectorised = torch.func.vmap(one, in_dims=(dims, grad_dims), randomness="different")
-    # The fused kernels of attention are run example by example under vmap.
-    with sdpa_kernel(SDPBackend.MATH):
+    places = [0 if dim == FLAT else dim for dim in dims]
+    grad_places = [max(dim, 0) for dim in grad_dims]
+    vectorised = torch.func.vmap(
+        one, in_dims=(places, grad_places), randomness="different"
+    )
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        # The fused kernels of attention are run example by example under vmap; those of
+        # experts too, but they have no other form.
+        warnings.filterwarnings("ignore", "There is a performance drop")
         made: dict[str, Tensor] = vectorised(tensors, grads)
     return made
 
@@ -205,15 +237,15 @@ def _looped(
     grads: Leaves,
     grad_dims: list[int],
 ) -> dict[str, Tensor]:
-    b = grads[0].shape[grad_dims[0]]
+    b = grads[0].shape[max(grad_dims[0], 0)]
     made = {name: x.new_zeros(b, *x.shape) for name, x in parameters.items()}
     for i in range(b):
         leaves = {name: x.clone().requires_grad_() for name, x in parameters.items()}
         row = [
-            x if dim is None else x.narrow(dim, i, 1)
+            x if dim is None else _row(x, dim, i)
             for x, dim in zip(tensors, dims, strict=True)
         ]
-        along = [g.narrow(dim, i, 1) for g, dim in zip(grads, grad_dims, strict=True)]
+        along = [_row(g, dim, i) for g, dim in zip(grads, grad_dims, strict=True)]
         with torch.enable_grad():
             found = outputs(leaves, row)
         pulled = torch.autograd.grad(
@@ -222,3 +254,7 @@ def _looped(
         for name, grad in zip(leaves, pulled, strict=True):
             made[name][i] = grad
     return made
+
+
+def _row(tensor: Tensor, dim: int, i: int) -> Tensor:
+    return tensor[i] if dim == FLAT else tensor.narrow(dim, i, 1)

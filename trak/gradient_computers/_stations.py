@@ -44,6 +44,9 @@ class Station:
     copied: dict[str, str] = field(default_factory=dict)
     """Parameters that are replaced by a copy for each example while it runs."""
 
+    followed: dict[str, str] = field(default_factory=dict)
+    """Parameters that are followed to where they, or what is made of them, meet examples."""
+
     ranks: dict[str, list[int]] = field(default_factory=dict)
     """How the copies of a parameter may be arranged, the current way first.
 
@@ -52,6 +55,9 @@ class Station:
 
     excluded: set[Layout] = field(default_factory=set)
     """Layouts of its output that turned out wrong."""
+
+    is_inside: bool = False
+    """Whether the module does more than its rule knows, which holds for a look-up in it."""
 
     copies_inputs: bool = False
     """Whether its inputs are written to later, and have to be copied."""
@@ -68,11 +74,12 @@ class Station:
             *self.by_rule.values(),
             *self.by_module.values(),
             *self.copied.values(),
+            *self.followed.values(),
         ]
 
     def clear(self) -> None:
         """Serve nothing here; what was learned stays."""
-        for way in (self.by_rule, self.by_module, self.copied):
+        for way in (self.by_rule, self.by_module, self.copied, self.followed):
             way.clear()
 
     def arrangements(self, local: str) -> list[int]:

@@ -17,15 +17,17 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from trak._linalg import spans
+from trak.gradient_computers._apart import Apart, Meetings
+from trak.gradient_computers._forming import form_gradients
 from trak.gradient_computers._graph import (
     Saved,
+    Watched,
     autocast_of,
     no_fast_path,
     on_gradient,
     start,
     wide,
 )
-from trak.gradient_computers._layer_rules import SegmentRule
 from trak.gradient_computers._layouts import (
     EXPANDED,
     Layout,
@@ -34,6 +36,7 @@ from trak.gradient_computers._layouts import (
     is_positionwise,
 )
 from trak.gradient_computers._module_gradients import (
+    FLAT,
     ModuleCall,
     batch_dims,
     flatten,
@@ -57,6 +60,7 @@ class Tape:
         used: The layouts that were met.
         spare: Those for which another layout fits as well.
         views: The modules whose output is a view; if it is written to, its hook is lost.
+        derived: Parameters of layers that got what no example has a part in from others.
         dtypes: The types of the layers' outputs.
         needs_proof: Whether the pass was given up, to check a layout first.
     """
@@ -72,11 +76,15 @@ class Tape:
         self.used: set[Use] = set()
         self.spare: set[Use] = set()
         self.views: set[str] = set()
+        self.derived: set[str] = set()
         self.dtypes: set[torch.dtype] = set()
         self.needs_proof = False
         self._stations = list(stations)
         self._b, self._sink, self._shapes = b, sink, shapes
         self._anchor = torch.zeros((), requires_grad=True, device="cpu")
+        self._meetings = Meetings(b, self._anchor)
+        self._followed: list[tuple[Station, dict[str, str]]] = []
+        self._kept: list[tuple[Station, str, nn.Parameter]] = []
         self._is_forming = False
         self._originals: dict[tuple[int, str], nn.Parameter] = {}
 
@@ -90,9 +98,14 @@ class Tape:
                 value.requires_grad_(False)
             for station in self._stations:
                 handles += self._listen(station)
+                self._follow_parameters(station)
             with no_fast_path(model):
                 yield
+            self.finish()
         finally:
+            for station, local, original in self._kept:
+                station.module._parameters[local] = original
+            self._meetings.leave()
             for handle in handles:
                 handle.remove()
             for station in self._stations:
@@ -102,6 +115,11 @@ class Tape:
 
     def _listen(self, station: Station) -> Iterator[RemovableHandle]:
         module = station.module
+        is_inside = station.is_inside and station.by_rule
+        if is_inside:
+            yield module.register_forward_pre_hook(
+                functools.partial(self._watch_weight, station)
+            )
         if station.copied:
             before = functools.partial(self._copy_parameters, station)
             yield module.register_forward_pre_hook(before)
@@ -109,7 +127,7 @@ class Tape:
         yield module.register_forward_hook(
             functools.partial(self._after, station), prepend=True, with_kwargs=True
         )
-        if station.copied:
+        if station.copied or is_inside:
             yield module.register_forward_hook(
                 lambda *_: self._restore(station), always_call=True
             )
@@ -133,13 +151,46 @@ class Tape:
             reading = (local, rank, *(x.ndim for x in flatten(args)[0]))
             self.used.add(Use(station.name, Layout.SHARED, self._b > 1, reading))
 
+    def _follow_parameters(self, station: Station) -> None:
+        for local, name in station.followed.items():
+            original = station.module._parameters[local]
+            if original is None:
+                continue
+
+            def form(grads: list[Tensor | None], name: str = name) -> None:
+                for grad in grads:
+                    if grad is not None:
+                        self._take_copies(name, grad)
+
+            self._kept.append((station, local, original))
+            self._followed.append((station, {local: name}))
+            followed = self._meetings.follow([original], form)[0]
+            station.module._parameters[local] = followed  # type: ignore[assignment]
+            self.used.add(Use(station.name, Layout.APART, self._b > 1, (local,)))
+
+    def _watch_weight(self, station: Station, *_: Any) -> None:
+        if self._is_forming or not torch.is_grad_enabled():
+            return
+        original = station.module._parameters["weight"]
+        if original is None or (id(station), "weight") in self._originals:
+            return
+
+        def see(ids: Tensor, found: Tensor) -> Tensor:
+            tapped: Tensor = self._tap_layer(station, (ids,), {}, found)
+            return tapped
+
+        self._originals[id(station), "weight"] = original
+        watched = original.detach().as_subclass(Watched)
+        watched.seen = see
+        station.module._parameters["weight"] = watched  # type: ignore[assignment]
+
     def _take_copies(self, name: str, grad: Tensor) -> None:
         self._sink.add(
             name, slice(0, self._b), wide(grad.detach().reshape(self._b, -1))
         )
 
     def _restore(self, station: Station) -> None:
-        for local in station.copied:
+        for local in [*station.copied, "weight"]:
             original = self._originals.pop((id(station), local), None)
             if original is not None:
                 station.module._parameters[local] = original
@@ -151,7 +202,7 @@ class Tape:
             return None  # running again for us, or a checkpoint's first run
         if station.by_module:
             outputs = self._tap_module(station, args, kwargs, outputs)
-        if station.by_rule:
+        if station.by_rule and not station.is_inside:
             outputs = self._tap_layer(station, args, kwargs, outputs)
         return outputs
 
@@ -160,9 +211,7 @@ class Tape:
         if not (given and isinstance(given[0], Tensor) and isinstance(output, Tensor)):
             self._fail(station, station.by_rule, "it is not called with one tensor")
             return output
-        positionwise = is_positionwise(station.module)
-        layouts = find_layouts(output.shape, self._b, positionwise=positionwise)
-        layouts = [it for it in layouts if it not in station.excluded]
+        layouts = self._layouts_of(station, given[0], output)
         if not layouts:
             reason = (
                 f"its output of shape {tuple(output.shape)} holds a batch of {self._b} "
@@ -183,9 +232,11 @@ class Tape:
         self.used.add(use)
         if len(layouts) > 1:
             self.spare.add(use)
+        self.dtypes.add(output.dtype)
+        if layout is Layout.APART:
+            return self._follow(station, given[0], output)
         if layout in EXPANDED:
             output = by_example(output, layout, self._b).clone()
-        self.dtypes.add(output.dtype)
         if output._is_view():
             self.views.add(station.name)
             output = output.clone() if station.copies_outputs else output
@@ -194,6 +245,32 @@ class Tape:
         saved = Saved(given[0], copy=station.copies_inputs)
         on_gradient(output, functools.partial(self._form, station, layout, saved))
         return output
+
+    def _layouts_of(
+        self, station: Station, inputs: Tensor, output: Tensor
+    ) -> list[Layout]:
+        """List where the examples may be in an output, without what turned out wrong."""
+        positionwise = is_positionwise(station.module)
+        layouts = find_layouts(output.shape, self._b, positionwise=positionwise)
+        if isinstance(inputs, Apart):
+            layouts = [Layout.APART]
+            self.derived.update(station.by_rule.values())
+        elif self._b == 1 or (
+            not inputs.requires_grad and inputs.shape[:1] != (self._b,)
+        ):
+            layouts.append(Layout.APART)  # of a single example everything is its own
+        return [it for it in layouts if it not in station.excluded]
+
+    def _follow(self, station: Station, inputs: Tensor, output: Tensor) -> Tensor:
+        saved = Saved(inputs, copy=station.copies_inputs)
+
+        def form(grads: list[Tensor | None]) -> None:
+            for grad in grads:
+                if grad is not None:
+                    self._form(station, Layout.APART, saved, grad)
+
+        self._followed.append((station, station.by_rule))
+        return self._meetings.follow([output], form)[0]
 
     def _tap_module(
         self, station: Station, args: Any, kwargs: Any, outputs: Any
@@ -209,7 +286,8 @@ class Tape:
             reason = "it returns no tensor with one row for each example"
             self._fail(station, station.by_module, reason)
             return outputs
-        input_dims = batch_dims(station.module, args, kwargs, self._b)
+        rows = len(leaves[tapped[0]]) if dims[tapped[0]] == FLAT else 0
+        input_dims = batch_dims(station.module, args, kwargs, self._b, rows)
         reading = (*input_dims, *dims)
         self.used.add(Use(station.name, Layout.ROWS, self._b > 1, reading))
         for place in tapped:
@@ -220,12 +298,16 @@ class Tape:
                     leaves[place] = leaves[place].clone()
             if not leaves[place].requires_grad or leaves[place].is_leaf:
                 leaves[place] = start(leaves[place], self._anchor)
+            elif len(tapped) > 1:
+                # One may be made of another, whose gradient would count twice.
+                leaves[place] = leaves[place].clone()
         inputs, again = flatten((args, kwargs))
         saved = [Saved(x, copy=station.copies_inputs) for x in inputs]
         call = ModuleCall(
             inputs=[],
             rebuild=again,
             input_dims=input_dims,
+            b=self._b,
             grads={},
             grad_dims={place: dims[place] or 0 for place in tapped},
             autocast=autocast_of(leaves[tapped[0]].device.type),
@@ -238,55 +320,26 @@ class Tape:
 
     # -- backward ---------------------------------------------------------------------
 
+    def finish(self) -> None:
+        """Form what only can be when the pass is over; leaving the block does it too."""
+        for number in self._meetings.finish():
+            station, served = self._followed[number]
+            reason = "what is made of it meets the examples in no known way"
+            self._fail(station, served, reason)
+
     @torch.no_grad()
     def _form(
         self, station: Station, layout: Layout, saved: Saved, grad: Tensor
     ) -> None:
-        rule, inputs = station.rule, saved.take()
-        if inputs is None or rule is None:
+        inputs = saved.take()
+        if inputs is None or station.rule is None:
             self._copy_from_now_on(station)
             return
-        if is_positionwise(station.module):
-            inputs = by_example(inputs, layout, self._b)
-            if layout not in EXPANDED:
-                grad = by_example(grad, layout, self._b)
-        reason = rule.refusal(station.module, inputs, grad)
+        reason = form_gradients(
+            station, station.rule, layout, inputs, grad, self._b, self._sink
+        )
         if reason is not None:
             self._fail(station, station.by_rule, reason)
-            return
-        wanted = dict(station.by_rule)
-        if isinstance(rule, SegmentRule) and "weight" in wanted:
-            runs = rule.segments(station.module, inputs, grad)
-            self._sink.add_segments(wanted.pop("weight"), *runs)
-        for local, name in wanted.items():
-            self._form_one(station, local, name, inputs, grad)
-
-    def _form_one(
-        self, station: Station, local: str, name: str, inputs: Tensor, grad: Tensor
-    ) -> None:
-        """Form one parameter's gradients, some examples at a time.
-
-        Rows may be several an example; their gradients are summed.
-        """
-        module, rule = station.module, station.rule
-        if rule is None:
-            return
-        step = self._b
-        each = len(grad) // self._b
-        parameter = module._parameters[local]
-        if parameter is not None and parameter.ndim > 1:  # others take next to nothing
-            size = max(1, each * rule.bytes_per_example(module, inputs, grad))
-            step = max(1, self._sink.block_bytes // size)
-        for low, high in spans(self._b, step):
-            rows = slice(low * each, high * each)
-            pieces = rule.per_sample(
-                module, inputs[rows], grad[rows], frozenset({local})
-            )
-            for _, piece in pieces:
-                if each > 1:
-                    piece = piece.reshape(high - low, each, -1).sum(1)
-                self._sink.add(name, slice(low, high), piece)
-                del piece  # the next one is to be formed in its memory
 
     @torch.no_grad()
     def _rerun(
@@ -313,7 +366,7 @@ class Tape:
         chosen = {local: every[local] for local in station.by_module}
         size = 4 * sum(value.numel() for value in chosen.values())
         step = max(1, self._sink.block_bytes // max(1, size))
-        self._is_forming = True
+        self._is_forming, self._meetings.is_open = True, False
         try:
             for low, high in spans(self._b, step):
                 made = call.gradients(
@@ -331,7 +384,7 @@ class Tape:
                 station.loops = True
                 self.findings.append(Finding(station, ()))
         finally:
-            self._is_forming = False
+            self._is_forming, self._meetings.is_open = False, True
 
     def _fail(self, station: Station, served: dict[str, str], reason: str) -> None:
         kind = type(station.module).__name__

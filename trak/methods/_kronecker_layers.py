@@ -254,5 +254,6 @@ def listening(
             stack.callback(hook.remove)
         stack.enter_context(tape.listening(model))
         yield tape
+        tape.finish()
         for listener in listeners:  # of which some calls have no gradient
             listener.hand_on()
