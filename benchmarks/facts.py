@@ -214,7 +214,7 @@ def retrieval(run: Run) -> list[dict[str, Any]]:
             ("recall@5", recall_at_k(scores, stated, 5)),
             ("recall@10", recall_at_k(scores, stated, 10)),
         ):
-            row[key] = [result.value, *result.interval]
+            row[key] = [result.mean, *result.interval]
         rows.append(row)
     return rows
 

@@ -45,7 +45,7 @@ def test_other_types_are_converted(dtype: torch.dtype) -> None:
         lambda c: {**c, "conv.bias": torch.zeros(9)},
         lambda c: {**c, "conv.bias": None},
         lambda c: {k: v for k, v in c.items() if k != "conv.bias"},
-        lambda c: {f"module.{k}": v for k, v in c.items()},
+        lambda c: {f"modules.{k}": v for k, v in c.items()},
         lambda c: {"model": c},
         lambda c: list(c.items()),
     ],

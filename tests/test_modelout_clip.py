@@ -15,7 +15,14 @@ from torch import Tensor
 
 from tests.contracts.task_contract import TaskCase, TaskContract, sdp_flags, state
 from trak import TRAKer
-from trak.errors import BatchError, OptionError, OrderError, TaskError, TrakWarning
+from trak.errors import (
+    BatchError,
+    NonFiniteError,
+    OptionError,
+    OrderError,
+    TaskError,
+    TrakWarning,
+)
 from trak.modelout_functions import CLIPModelOutput
 
 ROOT = Path(__file__).parents[1]
@@ -290,6 +297,106 @@ def test_other_embeddings_for_the_same_checkpoint_are_noticed(tmp_path: Path) ->
         traker.featurize(tuple(side[2:] for side in PAIRS), inds=[2])
 
 
+class TestCheckpoints:
+    """Every checkpoint is contrasted with embeddings of its own."""
+
+    def open_store(self, task: Any, path: Path) -> TRAKer:
+        return TRAKer(TwoTowers(), task, 3, path, proj_dim=4, logging_level=100)
+
+    def checkpoints(self) -> list[dict[str, Tensor]]:
+        found = []
+        for shift in (0.0, 0.1, 0.3):
+            state = TwoTowers().state_dict()
+            state["image_tower"] = state["image_tower"] + shift * draw(5, 4, seed=9)
+            found.append(state)
+        return found
+
+    def test_pairs_are_embedded_by_each(self, tmp_path: Path) -> None:
+        asked, given = self.checkpoints(), []
+        for name in ("pairs", "calls"):
+            pairs = loader(7) if name == "pairs" else None
+            task = CLIPModelOutput(simulated_batch_size=8, pairs=pairs)
+            traker = self.open_store(task, tmp_path / name)
+            for checkpoint in asked:
+                traker.load_checkpoint(checkpoint)
+                if pairs is None:
+                    task.get_embeddings(traker.gradient_computer.model, loader(7))
+                traker.featurize(PAIRS)
+            traker.finalize_features()
+            for checkpoint in asked:
+                traker.start_scoring_checkpoint(checkpoint, num_targets=3)
+                if pairs is None:
+                    task.get_embeddings(traker.gradient_computer.model, loader(7))
+                traker.score(PAIRS)
+            given.append(torch.as_tensor(traker.finalize_scores()))
+        torch.testing.assert_close(given[0], given[1])
+        assert given[0].abs().max() > 0
+
+    def test_a_store_is_opened_again(self, tmp_path: Path) -> None:
+        for inds in ([0, 1], [2]):
+            task = CLIPModelOutput(simulated_batch_size=8, pairs=loader(7))
+            before = task.describe()
+            for _ in range(2):  # a task that was used is the same task
+                traker = self.open_store(task, tmp_path)
+                traker.load_checkpoint(self.checkpoints()[1], model_id=0)
+            traker.featurize(tuple(side[inds] for side in PAIRS), inds=inds)
+            assert task.describe() == before
+            assert task.describe() != ready().describe()
+        traker.finalize_features()
+
+    def test_embeddings_of_another_checkpoint_are_noticed(self, tmp_path: Path) -> None:
+        first, second, third = self.checkpoints()
+        task = CLIPModelOutput(simulated_batch_size=8)
+        traker = self.open_store(task, tmp_path)
+        model = traker.gradient_computer.model
+        task.get_embeddings(model, loader(7))  # of the weights that it starts with
+        traker.load_checkpoint(first)
+        traker.featurize(PAIRS)
+        traker.load_checkpoint(second)
+        with pytest.warns(
+            TrakWarning, match="are of other weights than the checkpoint"
+        ):
+            traker.featurize(PAIRS)
+        traker.load_checkpoint(third)
+        phi, psi, _ = model(*POOL)
+        task.set_embeddings(phi.detach(), psi.detach())  # whoever sets them knows whose
+        traker.featurize(PAIRS)
+
+    def test_embeddings_that_were_set_count_for_the_next(self, tmp_path: Path) -> None:
+        first, second, _ = self.checkpoints()
+        task = CLIPModelOutput()
+        task.set_embeddings(draw(9, 4), draw(9, 4, seed=1))
+        traker = self.open_store(task, tmp_path)
+        traker.load_checkpoint(first)
+        traker.featurize(PAIRS)
+        traker.load_checkpoint(second)
+        with pytest.warns(TrakWarning, match="or pass pairs to CLIPModelOutput"):
+            traker.featurize(PAIRS)
+
+    def test_dropout_is_off_and_the_mode_stays(self) -> None:
+        class Dropped(TwoTowers):
+            def __init__(self) -> None:
+                super().__init__()
+                self.dropout = torch.nn.Dropout(0.5)
+                self.frozen = torch.nn.Dropout(0.5).eval()
+
+            def forward(self, image: Tensor, text: Tensor) -> Any:
+                return super().forward(self.dropout(image), self.frozen(text))
+
+        model = Dropped().train()
+        model.frozen.eval()
+        assert ready(model).describe() == ready().describe()
+        assert model.training
+        assert model.dropout.training
+        assert not model.frozen.training
+
+    def test_pairs_must_last(self) -> None:
+        with pytest.raises(OptionError, match="which can be gone through only once"):
+            CLIPModelOutput(pairs=iter(loader(7)))
+        with pytest.raises(OptionError, match="pairs is a generator"):
+            CLIPModelOutput(pairs=(batch for batch in loader(7)))
+
+
 @dataclass
 class NoEmbeddings:
     loss: float = 0.0
@@ -327,6 +434,56 @@ class TestErrors:
             CLIPModelOutput().get_embeddings(TwoTowers(), [])
         with pytest.raises(BatchError, match=r"A CLIP batch is \(image, text\)"):
             CLIPModelOutput().get_embeddings(TwoTowers(), [POOL[0]])
+
+    def test_images_and_texts_of_different_counts(self) -> None:
+        fewer = PAIRS[0], PAIRS[1][:2]
+        with pytest.raises(BatchError, match="has 3 images and 2 texts; pass one text"):
+            ready().get_outputs(TwoTowers(), None, None, fewer)
+        with pytest.raises(BatchError, match="has 3 images and 2 texts"):
+            CLIPModelOutput().get_embeddings(TwoTowers(), [fewer])
+        names = dict(zip(("pixel_values", "input_ids"), fewer, strict=True))
+        with pytest.raises(BatchError, match="has 3 images and 2 texts"):
+            CLIPModelOutput().get_embeddings(TwoTowers(), [names])
+        words = {"image": PAIRS[0], "text": ["one", "two"]}
+        with pytest.raises(BatchError, match="has 3 images and 2 texts"):
+            CLIPModelOutput().get_embeddings(TwoTowers(), [words])
+
+    @pytest.mark.parametrize("side", [0, 1])
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_embeddings_that_are_not_finite(self, side: int, bad: float) -> None:
+        sides = [x.clone() for x in POOL]
+        sides[side][13, 2] = bad
+        name = ("image", "text")[side]
+        with pytest.raises(
+            NonFiniteError, match=f"The {name} embedding of pair 13 is not finite"
+        ) as caught:
+            CLIPModelOutput().get_embeddings(TwoTowers(), [tuple(sides)])
+        assert caught.value.index == 13
+
+    def test_a_pair_that_is_not_finite(self, tmp_path: Path) -> None:
+        images = PAIRS[0].clone()
+        images[1, 0] = float("nan")
+        task = CLIPModelOutput(pairs=[POOL])
+        traker = TRAKer(TwoTowers(), task, 3, tmp_path, proj_dim=4, logging_level=100)
+        traker.load_checkpoint(TwoTowers().state_dict())
+        with pytest.raises(NonFiniteError) as caught:
+            traker.featurize((images, PAIRS[1]))
+        assert caught.value.index == 1
+
+    def test_embeddings_of_wrong_shapes(self, untyped: None) -> None:
+        rows = torch.ones(4, 3)
+        task = CLIPModelOutput()
+        with pytest.raises(OptionError, match=r"have shape \(4, 3\) and .* \(3, 3\)"):
+            task.set_embeddings(rows, rows[:3])
+        with pytest.raises(OptionError, match=r"pass one row for each image"):
+            task.set_embeddings(rows[0], rows[0])
+        with pytest.raises(BatchError, match="no embeddings of pairs; pass at least"):
+            task.set_embeddings(rows[:0], rows[:0])
+        task.set_embeddings(rows, rows)
+        with pytest.raises(
+            TaskError, match="have 4 entries, and those to contrast wit"
+        ):
+            task.get_outputs(TwoTowers(), None, None, PAIRS)
 
     @pytest.mark.parametrize(
         "batch", [PAIRS[0], (*PAIRS, PAIRS[0]), {"image": PAIRS[0], "caption": 0}]

@@ -19,9 +19,9 @@ from trak._options import (
     parse_options,
     parse_rows,
     parse_save_dir,
-    parse_scoring_call,
     positive,
 )
+from trak._scoring_call import parse_scoring_call
 from trak.errors import BatchError, OptionError
 
 
@@ -204,6 +204,22 @@ class TestScoringCall:
         call = parse_scoring_call(args, kwargs)
         assert (call.exp_name, call.model_id, call.num_targets) == ("e", 3, 4)
         assert call.checkpoint is self.CKPT
+
+    @pytest.mark.parametrize(
+        ("args", "kwargs"),
+        [
+            (("e", "a.pt", 3, 4), {}),
+            (("e", Path("a.pt"), 3, 4), {}),
+            (("a.pt", 3, 4, "e"), {}),
+            (("a.pt",), {"exp_name": "e", "model_id": 3, "num_targets": 4}),
+            ((Path("a.pt"), 3), {"exp_name": "e", "num_targets": 4}),
+            (("e",), {"checkpoint": "a.pt", "model_id": 3, "num_targets": 4}),
+        ],
+    )
+    def test_paths(self, args: Any, kwargs: Any) -> None:
+        call = parse_scoring_call(args, kwargs)
+        assert (call.exp_name, call.model_id, call.num_targets) == ("e", 3, 4)
+        assert str(call.checkpoint) == "a.pt"
 
     def test_defaults(self) -> None:
         call = parse_scoring_call((self.CKPT,), {"num_targets": 4})

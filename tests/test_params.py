@@ -119,3 +119,17 @@ def test_complex_parameters_are_refused() -> None:
     with pytest.raises(OptionError, match=r"'gain' is torch.complex64.*grad_wrt"):
         select_parameters(model)
     assert select_parameters(model, ["weight"]).names == ("weight",)
+
+
+def test_wrapped_models_have_the_names_of_what_is_inside() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
+    wrapped = torch.nn.DataParallel(model)
+    plain, other = select_parameters(model), select_parameters(wrapped)
+    assert other.names == tuple(f"module.{name}" for name in plain.names)
+    assert tuple(other.identities.values()) == plain.names
+    assert other.fingerprint() == plain.fingerprint()
+    assert fingerprint(wrapped.state_dict()) == fingerprint(model.state_dict())
+    for chosen in (["1.*"], ["module.1.*"], ["1.weight", "1.bias"]):
+        part = select_parameters(wrapped, chosen)
+        assert part.names == ("module.1.weight", "module.1.bias")
+        assert part.fingerprint() == select_parameters(model, ["1.*"]).fingerprint()

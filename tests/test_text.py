@@ -837,6 +837,7 @@ def test_with_t5(fast: Any, tmp_path: Path) -> None:
         decoder_start_token_id=0,
     )
     model = transformers.T5ForConditionalGeneration(config)
+    randomized(model, seed=1)
     names = ["shared.weight", "*.layer.*SelfAttention.q.weight"]
     one = TextAttributor(
         model,

@@ -26,7 +26,7 @@ from tests.problems import (
     split,
 )
 from trak._batches import row_digests, take
-from trak.errors import CheckpointError, GradientError, OptionError, OrderError
+from trak.errors import GradientError, OptionError, OrderError
 from trak.gradient_computers import (
     FunctionalGradientComputer,
     HookGradientComputer,
@@ -130,14 +130,24 @@ def test_wrapped_models_and_their_checkpoints(
     wrapped.model = wrap(wrapped.model)
     options = {"gradient_computer": IterativeGradientComputer}
     saved = {prefix + k: value for k, value in plain.checkpoints[0].items()}
-    with pytest.raises(CheckpointError, match=f"removeprefix.'{prefix}'"):
-        make(plain, tmp_path / "1").load_checkpoint(saved)
-    traker = make(wrapped, tmp_path / "2", **options)
-    with pytest.raises(CheckpointError, match="with the model inside"):
-        traker.load_checkpoint(plain.checkpoints[0])
+    known = run(plain, tmp_path / "1", **options)
     wrapped.checkpoints = [saved]
-    scores = run(wrapped, tmp_path / "3", **options)
-    assert_scores(scores, wrapped.expected(sparse(wrapped)))
+    scores = run(wrapped, tmp_path / "2", **options)
+    assert_scores(scores, plain.expected(sparse(plain)))
+    assert torch.equal(scores, known)
+    # Each takes the other's checkpoint, and goes on with the other's store.
+    for problem, store, checkpoint in [
+        (plain, "2", saved),
+        (wrapped, "1", plain.checkpoints[0]),
+    ]:
+        traker = make(problem, tmp_path / store, **options)
+        traker.load_checkpoint(checkpoint)
+        traker.featurize(problem.train)
+        assert list(traker.saver.model_ids) == [0]
+        traker.start_scoring_checkpoint(checkpoint, num_targets=problem.m)
+        traker.score(problem.targets)
+        again = torch.from_numpy(traker.finalize_scores() + 0.0)
+        torch.testing.assert_close(again, known)
 
 
 def test_the_functional_engine_cannot_call_data_parallel(tmp_path: Path) -> None:

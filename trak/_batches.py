@@ -96,15 +96,43 @@ def batch_size(batch: Batch) -> int:
         raise BatchError(
             f"The batch, a {type(batch).__name__}, holds no tensor with a first axis, so "
             f"it has no number of samples; pass tensors in tuples, lists or dicts."
+            f"{_hint(batch)}"
         )
     sizes = {len(leaf) for leaf in leaves}
     if len(sizes) > 1:
         shapes = ", ".join(str(tuple(leaf.shape)) for leaf in leaves)
         raise BatchError(
             f"The tensors of the batch have different first axes: shapes {shapes}. Every "
-            f"tensor needs one row for each example."
+            f"tensor needs one row for each example.{_hint(batch)}"
         )
     return sizes.pop()
+
+
+def _hint(batch: Batch) -> str:
+    """Say what to do with rows of a dataset that nothing has collated yet."""
+    if hasattr(batch, "with_format") and hasattr(batch, "column_names"):
+        return (
+            " A dataset is not a batch: pass dataset.with_format('torch')[:8], say, or go "
+            "through it with a DataLoader."
+        )
+    rows = batch if isinstance(batch, list) else []
+    if isinstance(batch, Mapping):
+        rows = [key for key, value in batch.items() if _has_rows(value)]
+    if rows and (isinstance(batch, Mapping) or isinstance(rows[0], Mapping)):
+        return (
+            " These are rows that are not collated; pad and stack them, e.g. with "
+            "DataCollatorWithPadding(tokenizer) of transformers."
+        )
+    return ""
+
+
+def _has_rows(value: object) -> bool:
+    """Tell whether a value is a list of numbers, or of tensors or lists of them."""
+    while isinstance(value, list) and value:
+        if isinstance(value[0], Tensor | int | float):
+            return True
+        value = value[0]
+    return False
 
 
 def take(batch: Batch, rows: slice) -> Batch:
@@ -137,6 +165,21 @@ def copied(batch: Batch) -> Batch:
         (tensor([1., 1.]), (tensor([0., 0.]), 'shared'))
     """
     return _map(batch, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf)
+
+
+def moved(batch: Batch, device: torch.device) -> Batch:
+    """Put the tensors of a canonical batch on a device.
+
+    Returns:
+        The batch there.
+
+    Example:
+        >>> moved({"x": torch.zeros(2), "y": None}, torch.device("meta"))["x"].device
+        device(type='meta')
+    """
+    return _map(
+        batch, lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf
+    )
 
 
 def rebuild(batch: Batch, leaves: list[Tensor]) -> Batch:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from trak._fitting import check_ties, fit
 from trak._params import fingerprint, first_non_finite
+from trak._types import Checkpoint
+from trak._weights_files import read_weights
 from trak.errors import (
     CheckpointError,
     ModelIDException,
@@ -19,12 +24,6 @@ from trak.errors import (
     NonFiniteError,
     OrderError,
 )
-
-_WRAPPERS = {
-    "module.": "DistributedDataParallel or DataParallel",
-    "_orig_mod.": "torch.compile",
-}
-"""What puts which prefix before every name of a model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,28 +37,31 @@ class Loaded:
     """For every parameter its identity, its address and how often it was written to."""
 
 
-def load_weights(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> str:
-    """Load a state dict and put the model in evaluation mode.
+def load_weights(model: torch.nn.Module, checkpoint: Checkpoint) -> str:
+    """Load a checkpoint and put the model in evaluation mode.
 
     Args:
         model: Changed in place, and only if the checkpoint fits.
-        checkpoint: Its state dict.
+        checkpoint: Its state dict, or the path of a file or folder with it.
 
     Returns:
         A fingerprint of the weights.
 
     Raises:
         CheckpointError: If keys or shapes do not fit the model.
+        CheckpointFileError: If a path is given, and no state dict can be read from it.
         NonFiniteError: If a weight is NaN or infinite.
         ModelModeError: If some layer couples the examples of a batch.
     """
+    if isinstance(checkpoint, str | os.PathLike):
+        checkpoint = read_weights(Path(checkpoint))
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(
-            f"checkpoint must be a state dict; got {type(checkpoint).__name__}. Read one "
-            f"from a file with torch.load(path, weights_only=True)."
+            f"checkpoint must be a state dict or a path; got "
+            f"{type(checkpoint).__name__}. Pass model.state_dict()."
         )
-    _check_fit(model, checkpoint)
-    bad = first_non_finite((k, v) for k, v in checkpoint.items() if _is_tensor(v))
+    fitted = fit(model, checkpoint)
+    bad = first_non_finite((k, v) for k, v in fitted.items() if _is_tensor(v))
     if bad is not None:
         raise NonFiniteError(
             f"the checkpoint's {bad!r} has a NaN or an infinity, so every gradient would; "
@@ -73,7 +75,11 @@ def load_weights(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> st
                 f"statistics: each example's output depends on its batch, and has no "
                 f"gradient of its own. Use track_running_stats=True, or GroupNorm."
             )
-    model.load_state_dict(checkpoint)
+    check_ties(model, fitted)
+    if all(fitted.get(key) is value for key, value in checkpoint.items()):
+        model.load_state_dict(checkpoint, strict=False)  # with its versions of modules
+    else:
+        model.load_state_dict(fitted, strict=False)
     model.eval()
     return _fingerprint(model)
 
@@ -136,43 +142,6 @@ def _versions(model: torch.nn.Module) -> tuple[tuple[int, int, int], ...]:
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
-
-
-def _check_fit(model: torch.nn.Module, checkpoint: Mapping[str, Tensor]) -> None:
-    own = model.state_dict()
-    missing = [key for key in own if key not in checkpoint]
-    unexpected = [key for key in checkpoint if key not in own]
-    if missing or unexpected:
-        hint = _hint_at_wrapper(missing, unexpected)
-        if not hint and ("state_dict" in checkpoint or "model" in checkpoint):
-            hint = " The state dict seems to be one of the checkpoint's entries."
-        raise CheckpointError(
-            f"the checkpoint does not fit {type(model).__name__}: missing {missing[:5]} "
-            f"({len(missing)} in all), unexpected {unexpected[:5]} ({len(unexpected)} in "
-            f"all).{hint}"
-        )
-    for key, value in own.items():
-        other = checkpoint[key]
-        if _is_tensor(value) and getattr(other, "shape", None) != value.shape:
-            raise CheckpointError(
-                f"the checkpoint's {key!r} has shape "
-                f"{tuple(getattr(other, 'shape', ()))}, the model's {tuple(value.shape)}."
-            )
-
-
-def _hint_at_wrapper(missing: list[str], unexpected: list[Any]) -> str:
-    for prefix, wrapper in _WRAPPERS.items():
-        if any(str(key).removeprefix(prefix) in missing for key in unexpected):
-            return (
-                f" The checkpoint's keys begin with {prefix!r}, as {wrapper} saves them; "
-                f"take that off, e.g. with key.removeprefix({prefix!r})."
-            )
-        if any(key.removeprefix(prefix) in unexpected for key in missing):
-            return (
-                f" The model is wrapped by {wrapper} and the checkpoint's was not; make "
-                f"the TRAKer with the model inside."
-            )
-    return ""
 
 
 def check_mode(model: torch.nn.Module) -> None:

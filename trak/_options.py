@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 import numpy as np
 import torch
@@ -331,63 +331,3 @@ def parse_model_ids(model_ids: Iterable[int] | None, known: Iterable[int]) -> li
     if isinstance(model_ids, SupportsIndex):
         model_ids = [operator.index(model_ids)]
     return list(dict.fromkeys(integer("model_ids", i) for i in model_ids))
-
-
-@dataclass(frozen=True, slots=True)
-class ScoringCall:
-    """The arguments of ``start_scoring_checkpoint``, whichever way they were given."""
-
-    exp_name: str | None
-    """Name of the experiment; None for the default."""
-
-    checkpoint: Mapping[str, Tensor]
-    """The state dict."""
-
-    model_id: int | None
-    """The checkpoint's id; None to find it by its weights."""
-
-    num_targets: int
-    """Number of targets, ``m``."""
-
-
-_SCORING_NAMES = ("exp_name", "checkpoint", "model_id", "num_targets")
-
-
-def parse_scoring_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> ScoringCall:
-    """Read the arguments of ``start_scoring_checkpoint``.
-
-    They come as ``(exp_name, checkpoint, model_id, num_targets)``, or with the
-    checkpoint first and the rest by name.
-
-    Returns:
-        The call.
-
-    Raises:
-        OptionError: If an argument is unknown, missing or given twice.
-    """
-    names = _SCORING_NAMES
-    if args and isinstance(args[0], Mapping):
-        names = ("checkpoint", "model_id", "num_targets", "exp_name")
-    if len(args) > len(names):
-        raise OptionError(
-            f"start_scoring_checkpoint takes {len(names)} arguments; got {len(args)}."
-        )
-    given = dict(zip(names, args, strict=False))
-    for name, value in kwargs.items():
-        if name not in _SCORING_NAMES or name in given:
-            trouble = "given twice" if name in given else "unknown"
-            raise OptionError(
-                f"start_scoring_checkpoint: {name} is {trouble}; it takes "
-                f"{', '.join(_SCORING_NAMES)}."
-            )
-        given[name] = value
-    for name in ("checkpoint", "num_targets"):
-        if given.get(name) is None:
-            raise OptionError(f"start_scoring_checkpoint needs {name}; got None.")
-    model_id = given.get("model_id")
-    return ScoringCall(
-        exp_name=given.get("exp_name"),
-        checkpoint=given["checkpoint"],
-        model_id=None if model_id is None else integer("model_id", model_id),
-        num_targets=positive("num_targets", given["num_targets"]),
-    )

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from trak._names import canonical_names
 from trak._types import Gradients, GradWrt, Weights
 from trak.errors import BatchError, GradientError, OptionError, UnknownNameError
 
@@ -27,6 +28,17 @@ class Selection:
     shapes: tuple[tuple[int, ...], ...]
     """Their shapes."""
 
+    canonical: tuple[tuple[str, str], ...] = ()
+    """Names with prefixes of wrappers, each with what it is without."""
+
+    @property
+    def identities(self) -> dict[str, str]:
+        """What each name is in the store: the same for a model and for wrapped ones."""
+        return {
+            **dict(zip(self.names, self.names, strict=True)),
+            **dict(self.canonical),
+        }
+
     @property
     def grad_dim(self) -> int:
         """Number of gradient entries, ``d``."""
@@ -36,7 +48,7 @@ class Selection:
         """Hash the names and shapes, for the store's manifest."""
         listing = "\n".join(
             f"{name} {list(shape)}"
-            for name, shape in zip(self.names, self.shapes, strict=True)
+            for name, shape in zip(self.identities.values(), self.shapes, strict=True)
         )
         return hashlib.blake2b(listing.encode(), digest_size=8).hexdigest()
 
@@ -73,8 +85,8 @@ def select_parameters(
 
     Args:
         model: The model.
-        grad_wrt: None for all; or names and globs such as ``"encoder.*"``; or a
-            predicate on (name, parameter).
+        grad_wrt: None for all; or names and globs such as ``"encoder.*"``, with or
+            without the prefixes of wrappers; or a predicate on (name, parameter).
 
     Returns:
         The selection, in the model's own order whatever the order of ``grad_wrt``.
@@ -103,6 +115,7 @@ def select_parameters(
         raise OptionError(
             f"No parameter to differentiate: of the model's {len(parameters)} parameters, "
             f"grad_wrt chooses {len(chosen)}, and of those none has requires_grad=True."
+            f"{_hint_at_adapters(model)}"
         )
     for name in names:
         if parameters[name].is_complex():
@@ -111,7 +124,20 @@ def select_parameters(
                 f"numbers here. Leave it out with grad_wrt, or hold its real and imaginary "
                 f"parts in real parameters (torch.view_as_complex joins them)."
             )
-    return Selection(tuple(names), tuple(tuple(parameters[n].shape) for n in names))
+    shapes = tuple(tuple(parameters[name].shape) for name in names)
+    short = canonical_names(parameters)
+    wrapped = tuple((name, short[name]) for name in names if short[name] != name)
+    return Selection(tuple(names), shapes, wrapped)
+
+
+def _hint_at_adapters(model: torch.nn.Module) -> str:
+    if not any(hasattr(module, "peft_config") for module in model.modules()):
+        return ""
+    return (
+        " Adapters of PEFT are frozen where they are loaded for inference: use "
+        "PeftModel.from_pretrained(..., is_trainable=True), or call requires_grad_() on "
+        "them."
+    )
 
 
 def _patterns(grad_wrt: object) -> list[str]:
@@ -131,8 +157,11 @@ def _match(
     patterns: Sequence[str], parameters: Mapping[str, torch.nn.Parameter]
 ) -> set[str]:
     chosen: set[str] = set()
+    short = canonical_names(parameters)
+    whole = {name: name for name in parameters} | {v: k for k, v in short.items()}
     for pattern in patterns:
-        if pattern in parameters:
+        if pattern in whole:
+            pattern = whole[pattern]
             if not parameters[pattern].requires_grad:
                 raise OptionError(
                     f"grad_wrt names {pattern!r}, which is frozen; call requires_grad_() "
@@ -141,6 +170,8 @@ def _match(
             chosen.add(pattern)
             continue
         matches = fnmatch.filter(parameters, pattern)
+        if not matches:
+            matches = [whole[it] for it in fnmatch.filter(whole, pattern)]
         if not matches:
             close = difflib.get_close_matches(pattern, parameters, n=3, cutoff=0.3)
             known = (
@@ -192,11 +223,13 @@ def fingerprint(weights: Weights) -> str:
         weights: A state dict.
 
     Returns:
-        32 hexadecimal digits; equal for equal weights on any device.
+        32 hexadecimal digits; equal for equal weights on any device, of a model and of
+        the same model in a wrapper.
     """
     digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(weights):
-        value = weights[name].detach().cpu().contiguous()
+    named = {name: key for key, name in canonical_names(weights).items()}
+    for name in sorted(named):
+        value = weights[named[name]].detach().cpu().contiguous()
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class ProjectingSink:
     Args:
         projector: A projector whose sketches add up.
         model_id: The checkpoint the gradients are of.
+        names: What the projector knows each parameter by.
         b: Number of examples.
         dtype: Type to sum in, float32 or float64.
         device: Where the gradients are.
@@ -49,11 +51,12 @@ class ProjectingSink:
         self,
         projector: AdditiveProjector,
         model_id: int,
+        names: Mapping[str, str],
         b: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self._projector, self._model_id = projector, model_id
+        self._projector, self._model_id, self._names = projector, model_id, names
         dtype = torch.promote_types(
             dtype, torch.promote_types(projector.dtype, torch.float32)
         )
@@ -73,7 +76,7 @@ class ProjectingSink:
     ) -> None:
         """Add the sketch of some coordinates of a parameter, for some examples."""
         self._projector.project_into(
-            self.rows[rows], grads, self._model_id, parameter, offset
+            self.rows[rows], grads, self._model_id, self._names[parameter], offset
         )
 
     def add_segments(
@@ -84,8 +87,9 @@ class ProjectingSink:
         positions: Int64[Tensor, " k"],
     ) -> None:
         """Add the sketch of runs of coordinates of a parameter."""
+        name = self._names[parameter]
         self._projector.project_segments_into(
-            self.rows, grads, examples, positions, self._model_id, parameter
+            self.rows, grads, examples, positions, self._model_id, name
         )
 
     def clear(self) -> None:
@@ -181,6 +185,9 @@ class Pipeline:
         for block in grads:
             if by_parameter and isinstance(block, Tensor):
                 block = self.selection.split(block)
+            if isinstance(block, Mapping) and self.selection.canonical:
+                names = self.selection.identities
+                block = {names.get(key, key): grad for key, grad in block.items()}
             pieces.append(self.projector.project(block, model_id=self.model_id))
         rows = torch.cat(pieces).detach()
         if rows.shape != (size, self.proj_dim):
@@ -199,7 +206,8 @@ class Pipeline:
         with torch.inference_mode(mode=False):
             device = row_leaves(batch)[0].device
             dtype = computer.sum_dtype
-            sink = ProjectingSink(projector, self.model_id, size, dtype, device)
+            names = self.selection.identities
+            sink = ProjectingSink(projector, self.model_id, names, size, dtype, device)
             outputs = computer.stream_per_sample_grads(batch, sink)
             sink.rows[~torch.isfinite(outputs)] = torch.nan
         return sink.rows.float() / self.scale, outputs

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from trak._batches import batch_size, canonical, check_device, row_digests
 from trak._checkpoints import (
@@ -28,15 +27,15 @@ from trak._members import check_same_members, parse_train_inds
 from trak._options import (
     NonFinitePolicy,
     Options,
-    ScoringCall,
     integer,
     parse_model_ids,
     parse_rows,
 )
 from trak._pipeline import Pipeline
 from trak._readiness import require_finalized
+from trak._scoring_call import ScoringCall
 from trak._seams import Parts, has_batched_form
-from trak._types import Batch
+from trak._types import Batch, Checkpoint
 from trak.errors import (
     ExperimentError,
     ModelIDException,
@@ -98,19 +97,22 @@ class Session:
 
     def load_for_training(
         self,
-        checkpoint: Mapping[str, Tensor],
+        checkpoint: Checkpoint,
         model_id: int | None,
         *,
         allow_known: bool,
         train_inds: object = None,
-    ) -> None:
+    ) -> int:
         """Load a checkpoint; the next batches are training examples.
 
         Args:
-            checkpoint: Its state dict.
+            checkpoint: Its state dict, or the path of one.
             model_id: Its id; None for the id of these weights, or the next free one.
             allow_known: Passed on to the saver.
             train_inds: What it was trained on; None if that is not known.
+
+        Returns:
+            The checkpoint's id.
         """
         n, members = self.options.train_set_size, None
         if train_inds is not None:
@@ -147,6 +149,7 @@ class Session:
                     TrakWarning,
                     stacklevel=3,
                 )
+            return model_id
 
     def load_for_scoring(self, call: ScoringCall) -> None:
         """Load a checkpoint; the next batches are targets of an experiment.
@@ -249,6 +252,7 @@ class Session:
         self, model_id: int, exp_name: str | None, total: int, weights: str
     ) -> None:
         self.computer.load_model_params(self.computer.model)
+        self.computer.modelout_fn.start_checkpoint(self.computer.model)
         self._loaded = note_loaded(self.computer.model, weights)
         other = self._other_rows(model_id) if exp_name is None else None
         self._cursors[model_id, exp_name] = 0

@@ -15,6 +15,7 @@ symbol    meaning
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
@@ -29,6 +30,9 @@ Gradients: TypeAlias = Mapping[str, Tensor] | Tensor
 
 Weights: TypeAlias = Mapping[str, Tensor]
 """Named tensors, as ``dict(model.named_parameters())`` gives them."""
+
+Checkpoint: TypeAlias = Mapping[str, Tensor] | str | os.PathLike[str]
+"""A state dict, or the path of a file or of a ``transformers`` folder with one."""
 
 GradWrt: TypeAlias = Iterable[str] | Callable[[str, torch.nn.Parameter], bool] | str
 """What to differentiate: names or globs, or a predicate on (name, parameter)."""

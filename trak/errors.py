@@ -43,6 +43,10 @@ class CheckpointError(TrakError, RuntimeError):
     """A checkpoint does not fit the model."""
 
 
+class CheckpointFileError(CheckpointError, OSError):
+    """A checkpoint's file is missing or damaged, or cannot be read safely."""
+
+
 class ModelModeError(TrakError, RuntimeError):
     """The model is in a mode that makes one example's output depend on the others."""
 

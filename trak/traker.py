@@ -13,15 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trak._attributing import Attributing
 from trak._estimate import estimate_parts
 from trak._estimate_table import Estimate
 from trak._features import Features
-from trak._options import parse_options, parse_scoring_call
-from trak._results import Results
+from trak._options import parse_options
 from trak._scoring import Scoring
+from trak._scoring_call import parse_scoring_call
 from trak._seams import build_parts, build_saver, check_same_projector
 from trak._session import Session
-from trak._types import Batch, GradWrt, Weights
+from trak._trainer import Source, read_trainer
+from trak._types import Batch, Checkpoint, GradWrt
 from trak._validating import Validation
 from trak.errors import OptionError
 from trak.gradient_computers import HookGradientComputer
@@ -29,7 +31,7 @@ from trak.projectors import AbstractProjector
 from trak.savers import MmapSaver
 
 
-class TRAKer(Results):
+class TRAKer(Attributing):
     """Attributes a model's outputs to its training examples.
 
     The TRAK method (Park et al., 2023; https://arxiv.org/abs/2303.14186), in two loops
@@ -147,6 +149,60 @@ class TRAKer(Results):
             self.saver.make_features = self._features.make_features
         self.scores: np.ndarray | None = None
         self._session = Session.of(self.saver, parts)
+        self._source: Source | None = None
+        self._featurized: list[int] | None = None
+        self._quiet = logging_level > logging.INFO
+
+    @classmethod
+    def from_trainer(
+        cls,
+        trainer: Any,
+        save_dir: str | Path = "./trak_results",
+        *,
+        checkpoints: Iterable[Checkpoint] | None = None,
+        task: Any = None,
+        train_dataset: Any = None,
+        data_collator: Any = None,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> TRAKer:
+        """Make one from a ``transformers.Trainer``, for :meth:`attribute`.
+
+        Args:
+            trainer: The trainer, after training or made anew over its ``output_dir``.
+            save_dir: Directory of the store; work that is there is gone on with.
+            checkpoints: Paths or state dicts; None for the ``checkpoint-*`` folders of
+                ``output_dir``, and where there are none, as for an empty list, the
+                model's own weights.
+            task: What is attributed; None to tell it from the model's class.
+            train_dataset: The training set; None for the trainer's.
+            data_collator: What makes batches; None for the trainer's. Tokens that it masks
+                at random are drawn once for every example.
+            batch_size: Examples at a time; None for ``per_device_eval_batch_size``.
+            **options: Those of the constructor, such as ``proj_dim``.
+
+        Returns:
+            A TRAKer over the trainer's training set, in its order.
+
+        Raises:
+            OptionError: If the trainer lacks something, its model's class does not tell
+                the task, or an option cannot work.
+            CheckpointFileError: If a ``checkpoint-*`` has no weights.
+            StoreError: If ``save_dir`` cannot be used, or holds other work.
+        """
+        source = read_trainer(
+            trainer,
+            checkpoints=checkpoints,
+            task=task,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            batch_size=batch_size,
+        )
+        traker = cls(
+            source.model, source.task, len(source.training), save_dir, **options
+        )
+        traker._source = source
+        return traker
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in {"gradient_computer", "score_computer", "saver"} & set(vars(self)):
@@ -190,7 +246,7 @@ class TRAKer(Results):
 
     def load_checkpoint(
         self,
-        checkpoint: Weights,
+        checkpoint: Checkpoint,
         model_id: int | None = None,
         _allow_featurizing_already_registered: bool = False,  # noqa: FBT001  0.3.2's
         *,
@@ -199,7 +255,9 @@ class TRAKer(Results):
         """Load a checkpoint into the model, to featurize the training set with it.
 
         Args:
-            checkpoint: Its state dict.
+            checkpoint: Its state dict; or the path of a file of ``safetensors`` or of
+                ``torch.save``, or of a ``transformers`` or PEFT folder with one. Nothing
+                is unpickled but tensors.
             model_id: Its id in the store; None for the id of these weights, or a new one.
             _allow_featurizing_already_registered: Accepted for 0.3.2; a checkpoint that
                 is partly featurized is always gone on with.
@@ -210,6 +268,7 @@ class TRAKer(Results):
 
         Raises:
             CheckpointError: If it does not fit the model.
+            CheckpointFileError: If it is a path, and cannot be read from there.
             NonFiniteError: If it has a NaN or an infinity.
             ModelIDException: If the id belongs to other weights.
             OptionError: If ``train_inds`` is empty, has an index twice or one that is
@@ -251,13 +310,13 @@ class TRAKer(Results):
 
     @overload
     def start_scoring_checkpoint(
-        self, exp_name: str, checkpoint: Weights, model_id: int, num_targets: int
+        self, exp_name: str, checkpoint: Checkpoint, model_id: int, num_targets: int
     ) -> None: ...
 
     @overload
     def start_scoring_checkpoint(
         self,
-        checkpoint: Weights,
+        checkpoint: Checkpoint,
         model_id: int | None = None,
         *,
         exp_name: str | None = None,
@@ -273,7 +332,7 @@ class TRAKer(Results):
         Args:
             *args: As above.
             **kwargs: ``exp_name``: the experiment's name, one for each set of targets
-                (``"default"``). ``checkpoint``: the state dict. ``model_id``: its id; if
+                (``"default"``). ``checkpoint``: as in :meth:`load_checkpoint`. ``model_id``: its id; if
                 it is left out, the id that these weights have. ``num_targets``: number
                 of targets, ``m``.
 

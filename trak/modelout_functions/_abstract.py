@@ -126,6 +126,16 @@ class AbstractModelOutput(ABC):
             f"example at a time, or define get_outputs."
         )
 
+    def start_checkpoint(self, model: Module) -> None:  # noqa: B027  it is optional
+        """Take note that a checkpoint was loaded; optional, and here nothing happens.
+
+        A task that contrasts examples with others computes here what depends on the
+        weights alone.
+
+        Args:
+            model: The model that holds it, in the mode that it will be used in.
+        """
+
     def describe(self) -> str:
         """Identify what this task computes, to notice that it changed.
 

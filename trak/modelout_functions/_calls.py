@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from trak._types import Batch, Weights
 from trak.errors import BatchError, TaskError
+from trak.modelout_functions._inputs import model_inputs
 
 LABEL_KEYS = ("labels", "label")
 
@@ -68,6 +69,11 @@ def split_labels(batch: Batch) -> ModelCall:
 
 def _as_labels(labels: Any) -> Tensor:
     if isinstance(labels, Tensor):
+        if labels.ndim == 0:
+            raise BatchError(
+                "The labels have no axis of examples. A batch of one example needs one: "
+                "a slice such as dataset[3:4], or tensor.unsqueeze(0)."
+            )
         return labels
     raise BatchError(
         f"The labels are a {type(labels).__name__}, not a tensor; convert them, e.g. "
@@ -124,8 +130,10 @@ def call_for_raw_logits(
 
     Raises:
         TaskError: If none of these is a floating-point tensor.
+        BatchError: If the model does not take an entry of the batch.
     """
-    output = call_model(model, weights, buffers, call.args, call.kwargs)
+    kwargs = model_inputs(model, call.kwargs) if call.kwargs else {}
+    output = call_model(model, weights, buffers, call.args, kwargs)
     if isinstance(output, Tensor):
         logits: Any = output
     elif isinstance(output, Mapping):

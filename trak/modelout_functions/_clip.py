@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,18 +12,27 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import Module
 
+from trak._params import fingerprint
 from trak._types import Batch, Weights
-from trak.errors import BatchError, OptionError, OrderError, TaskError
+from trak.errors import (
+    BatchError,
+    NonFiniteError,
+    OptionError,
+    OrderError,
+    TaskError,
+    TrakWarning,
+)
 from trak.modelout_functions._abstract import AbstractModelOutput
-from trak.modelout_functions._calls import as_batch, call_model, widen
+from trak.modelout_functions._calls import as_batch
+from trak.modelout_functions._clip_calls import (
+    Embedded,
+    embed_pairs,
+    evaluating,
+    split_pairs,
+    to_device,
+)
 from trak.modelout_functions._fingerprint import hash_tensor
 from trak.modelout_functions._margins import check_positive
-
-_OUTPUT_NAMES = (
-    ("image_embeds", "image_features"),
-    ("text_embeds", "text_features"),
-    ("logit_scale",),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +43,8 @@ class _Bank:
     text: Float[Tensor, "size e"]
     drawn_image: Float[Tensor, "k e"]
     drawn_text: Float[Tensor, "k e"]
+    weights: str | None
+    """Fingerprint of the weights that made them; None where that is not known."""
 
 
 class CLIPModelOutput(AbstractModelOutput):
@@ -48,11 +60,16 @@ class CLIPModelOutput(AbstractModelOutput):
     probabilities of picking the pair among itself and :math:`B`. Both depend on the
     pair and on :math:`B` only, never on how the examples are batched.
 
-    The model is called with the keywords ``image`` and ``text``. It returns image
-    embeddings, text embeddings and the factor on their products, in this order, or
-    something with ``image_embeds`` (or ``image_features``), ``text_embeds`` (or
-    ``text_features``) and ``logit_scale``. Batches are tuples ``(image, text)`` or
-    mappings with these two keys. :meth:`get_embeddings` comes before featurizing.
+    Models of ``open_clip`` and ``transformers`` are taken as they are, and any other
+    that is called with the keywords ``image`` and ``text``, or ``pixel_values`` and
+    ``input_ids``, and returns image embeddings, text embeddings and the factor on their
+    products, in this order, or something with ``image_embeds`` (or ``image_features``),
+    ``text_embeds`` (or ``text_features``) and ``logit_scale``. Batches are tuples
+    ``(images, texts)``, or mappings with the keys ``image`` and ``text``, or
+    ``pixel_values``, ``input_ids`` and what else the model takes.
+
+    Every checkpoint has its own embeddings: pass ``pairs``, or call
+    :meth:`get_embeddings` after loading each.
 
     Args:
         temperature: Multiplies the products of embeddings in ``Q``. None takes
@@ -60,14 +77,19 @@ class CLIPModelOutput(AbstractModelOutput):
         simulated_batch_size: Number of pairs in :math:`B`; fewer if
             :meth:`get_embeddings` saw fewer.
         seed: Decides which pairs they are.
+        pairs: Batches of pairs that are embedded whenever a checkpoint is loaded, always
+            the same in the same order; a few times ``simulated_batch_size`` are enough.
+            None leaves it to :meth:`get_embeddings`.
 
     Attributes:
         temperature: The constructor's.
         simulated_batch_size: The constructor's.
         seed: The constructor's.
+        pairs: The constructor's.
 
     Raises:
-        OptionError: If an argument is out of range.
+        OptionError: If an argument is out of range, or ``pairs`` can be gone through
+            only once.
     """
 
     def __init__(
@@ -75,13 +97,22 @@ class CLIPModelOutput(AbstractModelOutput):
         temperature: float | None = None,
         simulated_batch_size: int = 300,
         seed: int = 0,
+        *,
+        pairs: Iterable[Any] | None = None,
     ) -> None:
         check_positive("temperature", temperature)
         _check_count("simulated_batch_size", simulated_batch_size)
+        if isinstance(pairs, Iterator):
+            raise OptionError(
+                f"pairs is a {type(pairs).__name__}, which can be gone through only once, "
+                f"and every checkpoint embeds them; pass a list of batches, or a loader."
+            )
         self.temperature = temperature
         self.simulated_batch_size = simulated_batch_size
         self.seed = seed
+        self.pairs = pairs
         self._bank: _Bank | None = None
+        self._checkpoint: str | None = None
 
     @property
     def image_embeddings(self) -> Float[Tensor, "size e"] | None:
@@ -111,9 +142,8 @@ class CLIPModelOutput(AbstractModelOutput):
         """Embed pairs to contrast with, and draw the simulated batch from them.
 
         Args:
-            model: Called as ``model(images, texts)``, without gradients.
-            loader: Gives ``(images, texts)``, or mappings with the keys ``image`` and
-                ``text``, in batches of any size.
+            model: Embeds them, in evaluation mode and without gradients; its mode stays.
+            loader: Gives batches of pairs, of any size.
             batch_size: Not needed; the batches are as large as the loader makes them.
             embedding_dim: Checked against the model where given.
             size: Embed no more pairs than this; a shorter loader gives fewer.
@@ -123,19 +153,21 @@ class CLIPModelOutput(AbstractModelOutput):
         Raises:
             OptionError: If ``size`` is not positive or ``embedding_dim`` is wrong.
             BatchError: If the loader gives nothing, or something else than pairs.
+            TaskError: If the model takes no pairs, or gives no embeddings of them.
+            NonFiniteError: If an embedding is NaN or infinite.
         """
         _check_count("size", size)
         images, texts, count = [], [], 0
         device = next((parameter.device for parameter in model.parameters()), None)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             for batch in loader:
-                image, text = _split_pairs(batch)
+                image, text = split_pairs(batch)
                 image = preprocess_fn_img(image) if preprocess_fn_img else image
                 text = preprocess_fn_txt(text) if preprocess_fn_txt else text
-                output = model(_to(image, device), _to(text, device))
-                phi, psi, _ = _read_output(output)
-                images.append(phi[: size - count].detach().clone())
-                texts.append(psi[: size - count].detach().clone())
+                image, text = to_device(image, device), to_device(text, device)
+                found = embed_pairs(model, None, None, image, text)
+                images.append(found.image[: size - count].detach().clone())
+                texts.append(found.text[: size - count].detach().clone())
                 count += len(images[-1])
                 if count >= size:
                     break
@@ -144,6 +176,7 @@ class CLIPModelOutput(AbstractModelOutput):
                 "The loader gave no image-text pair to embed; pass one that does."
             )
         self.set_embeddings(torch.cat(images), torch.cat(texts), embedding_dim)
+        self._mark(fingerprint(model.state_dict()))
 
     def set_embeddings(
         self,
@@ -159,9 +192,20 @@ class CLIPModelOutput(AbstractModelOutput):
             embedding_dim: Checked against ``e`` where given.
 
         Raises:
-            OptionError: If ``embedding_dim`` is not ``e``.
+            OptionError: If ``embedding_dim`` is not ``e``, or the shapes are not equal.
+            BatchError: If there is no pair.
+            NonFiniteError: If an embedding is NaN or infinite.
         """
-        size, dim = image_embeddings.shape
+        shapes = [tuple(side.shape) for side in (image_embeddings, text_embeddings)]
+        if shapes[0] != shapes[1] or len(shapes[0]) != 2:
+            raise OptionError(
+                f"image_embeddings have shape {shapes[0]} and text_embeddings "
+                f"{shapes[1]}; pass one row for each image and one for its text, (size, e)."
+            )
+        size, dim = shapes[0]
+        if size == 0:
+            raise BatchError("There are no embeddings of pairs; pass at least one.")
+        _check_finite(image_embeddings, text_embeddings)
         if embedding_dim not in {None, dim}:
             raise OptionError(
                 f"embedding_dim is {embedding_dim}, but the model's embeddings have "
@@ -175,7 +219,25 @@ class CLIPModelOutput(AbstractModelOutput):
             text_embeddings,
             image_embeddings[rows],
             text_embeddings[rows.to(text_embeddings.device)],
+            self._checkpoint,
         )
+
+    def start_checkpoint(self, model: Module) -> None:
+        """Embed ``pairs`` with a checkpoint that was loaded, if the task has them.
+
+        Args:
+            model: The model that holds it.
+        """
+        self._checkpoint = fingerprint(model.state_dict())
+        if self.pairs is not None:
+            self.get_embeddings(model, self.pairs)
+        elif self._bank is not None and self._bank.weights is None:
+            self._mark(self._checkpoint)
+
+    def _mark(self, weights: str) -> None:
+        """Note whose embeddings the bank has."""
+        if self._bank is not None:
+            self._bank = replace(self._bank, weights=weights)
 
     def get_output(
         self,
@@ -210,8 +272,8 @@ class CLIPModelOutput(AbstractModelOutput):
             The margins, differentiable. Shape ``(b,)``.
         """
         bank = self._require_bank()
-        phi, psi, _ = _embed(model, weights, buffers, batch)
-        by_image, by_text = _contrast(phi, psi, bank, 1.0)
+        found = embed_pairs(model, weights, buffers, *split_pairs(batch))
+        by_image, by_text = _contrast(found, bank, 1.0)
         return by_image + by_text
 
     def get_out_to_loss_grad(
@@ -231,14 +293,14 @@ class CLIPModelOutput(AbstractModelOutput):
         """
         bank = self._require_bank()
         with torch.no_grad():
-            phi, psi, logit_scale = _embed(model, weights, buffers, batch)
-            scale = logit_scale if self.temperature is None else self.temperature
+            found = embed_pairs(model, weights, buffers, *split_pairs(batch))
+            scale = found.scale if self.temperature is None else self.temperature
             if scale is None:
                 raise TaskError(
                     "The model returns no logit_scale; pass a temperature to "
                     "CLIPModelOutput."
                 )
-            by_image, by_text = _contrast(phi, psi, bank, scale)
+            by_image, by_text = _contrast(found, bank, scale)
             missing = torch.sigmoid(-by_image) + torch.sigmoid(-by_text)
             return (missing / 2).unsqueeze(1)
 
@@ -248,7 +310,8 @@ class CLIPModelOutput(AbstractModelOutput):
         Returns:
             The same text in every process that embedded the same pairs.
         """
-        drawn = self.describe_data() or "None"
+        # Those of pairs are of one checkpoint after another; describe_data tells which.
+        drawn = "of pairs" if self.pairs is not None else self.describe_data() or "None"
         options = (
             f"temperature={self.temperature!r}, "
             f"simulated_batch_size={self.simulated_batch_size!r}, seed={self.seed!r}"
@@ -263,6 +326,14 @@ class CLIPModelOutput(AbstractModelOutput):
         """
         if self._bank is None:
             return ""
+        if self._checkpoint not in {None, self._bank.weights}:
+            warnings.warn(
+                "The embeddings that CLIPModelOutput contrasts with are of other weights "
+                "than the checkpoint's. Call traker.task.get_embeddings(model, loader) "
+                "after loading each checkpoint, or pass pairs to CLIPModelOutput.",
+                TrakWarning,
+                stacklevel=2,
+            )
         drawn = (self._bank.drawn_image, self._bank.drawn_text)
         return " ".join(hash_tensor(tensor) for tensor in drawn)
 
@@ -270,71 +341,39 @@ class CLIPModelOutput(AbstractModelOutput):
         if self._bank is None:
             raise OrderError(
                 "CLIPModelOutput has no pairs to contrast with; call "
-                "traker.task.get_embeddings(model, loader) before featurizing."
+                "traker.task.get_embeddings(model, loader) before featurizing, or pass "
+                "pairs."
             )
         return self._bank
 
 
 def _contrast(
-    phi: Float[Tensor, "b e"],
-    psi: Float[Tensor, "b e"],
-    bank: _Bank,
-    scale: float | Tensor,
+    found: Embedded, bank: _Bank, scale: float | Tensor
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
     """Log-odds of each text given its image, and of each image given its text."""
+    phi, psi = found.image, found.text
+    dims = phi.shape[1], bank.drawn_image.shape[1]
+    if dims[0] != dims[1]:
+        raise TaskError(
+            f"The model's embeddings have {dims[0]} entries, and those to contrast with "
+            f"{dims[1]}; make them with the same model."
+        )
     own = (phi * psi).sum(1) * scale
     other_texts = phi @ bank.drawn_text.to(phi).T * scale
     other_images = psi @ bank.drawn_image.to(psi).T * scale
     return own - other_texts.logsumexp(1), own - other_images.logsumexp(1)
 
 
-def _embed(
-    model: Module, weights: Weights | None, buffers: Weights | None, batch: Batch
-) -> tuple[Float[Tensor, "b e"], Float[Tensor, "b e"], Tensor | float | None]:
-    image, text = _split_pairs(batch)
-    inputs = {"image": image, "text": text}
-    phi, psi, scale = _read_output(call_model(model, weights, buffers, (), inputs))
-    return widen(phi), widen(psi), scale
-
-
-def _split_pairs(batch: Batch) -> tuple[Any, Any]:
-    if isinstance(batch, Mapping) and {"image", "text"} <= set(batch):
-        return batch["image"], batch["text"]
-    if isinstance(batch, tuple | list) and len(batch) == 2:
-        return batch[0], batch[1]
-    kind = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch)
-    raise BatchError(
-        f"A CLIP batch is (image, text), or a mapping with the keys 'image' and 'text', "
-        f"got {kind}; pass pairs."
-    )
-
-
-def _read_output(output: Any) -> tuple[Tensor, Tensor, Tensor | float | None]:
-    entries: list[Any] = [_named(output, names) for names in _OUTPUT_NAMES]
-    if isinstance(output, tuple | list) and entries[0] is None:
-        entries = [*output, None, None, None][:3]
-    phi, psi, scale = entries
-    good = isinstance(phi, Tensor) and isinstance(psi, Tensor)
-    if not good or phi.ndim != 2 or phi.shape != psi.shape:
-        raise TaskError(
-            f"No image and text embeddings of one shape (b, e) in the model's output, a "
-            f"{type(output).__name__}; return (image_embeddings, text_embeddings, "
-            f"logit_scale)."
-        )
-    return phi, psi, scale
-
-
-def _named(output: Any, names: tuple[str, ...]) -> Any:
-    for name in names:
-        entry = output.get(name) if isinstance(output, Mapping) else None
-        entry = getattr(output, name, None) if entry is None else entry
-        if entry is not None:
-            return entry
-    return None
-
-
-def _to(value: Any, device: torch.device | None) -> Any:
-    return value.to(device) if isinstance(value, Tensor) and device else value
+def _check_finite(image: Tensor, text: Tensor) -> None:
+    for name, rows in (("image", image), ("text", text)):
+        bad = (~torch.isfinite(rows).all(dim=1)).nonzero()
+        if len(bad):
+            index = int(bad[0])
+            raise NonFiniteError(
+                f"The {name} embedding of pair {index} is not finite; look at that pair, "
+                f"or at the model's weights.",
+                index=index,
+            )
 
 
 def _check_count(name: str, value: int) -> None:

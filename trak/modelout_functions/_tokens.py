@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from trak._types import Batch, Weights
-from trak.errors import BatchError, OptionError, TaskError
+from trak.errors import BatchError, OptionError
 from trak.modelout_functions._abstract import AbstractModelOutput
 from trak.modelout_functions._calls import (
     ModelCall,
@@ -21,12 +20,15 @@ from trak.modelout_functions._calls import (
     split_labels,
     widen,
 )
+from trak.modelout_functions._inputs import forward_parameters
 from trak.modelout_functions._margins import log_odds
 from trak.modelout_functions._padding import check_padding, padded_on_the_right
+from trak.modelout_functions._token_labels import (
+    IGNORED,
+    check_labels,
+    checked_shapes,
+)
 from trak.modelout_functions._token_margins import margins_of_rows
-
-IGNORED = -100
-"""Label of a token that is not predicted, as in ``transformers`` and in PyTorch."""
 
 
 class TokenModelOutput(AbstractModelOutput):
@@ -60,9 +62,7 @@ class TokenModelOutput(AbstractModelOutput):
             ``()``.
         """
         # Under vmap no value can be looked at, so nothing is checked here.
-        call = self._call(model, as_batch(example))
-        logits = widen(_run(model, weights, buffers, call))
-        logits, labels = self._align(*_checked(logits, call.labels))
+        logits, labels = self._all_logits(model, weights, buffers, as_batch(example))
         is_labelled = labels != IGNORED
         known = labels.where(is_labelled, 0)
         margins = log_odds(logits.flatten(0, 1), known.flatten())
@@ -118,9 +118,20 @@ class TokenModelOutput(AbstractModelOutput):
         Raises:
             BatchError: If a label is no token, or a sequence has none.
         """
-        logits, labels = self._read(model, weights, buffers, batch)
-        _check_labels(labels, labels != IGNORED, logits.shape[-1])
+        logits, labels = self._all_logits(model, weights, buffers, batch)
+        check_labels(labels, labels != IGNORED, logits.shape[-1])
         return logits, labels
+
+    def _all_logits(
+        self,
+        model: Module,
+        weights: Weights | None,
+        buffers: Weights | None,
+        batch: Batch,
+    ) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
+        call = self._call(model, batch)
+        logits = widen(_run(model, weights, buffers, call))
+        return self._align(*checked_shapes(logits, call.labels))
 
     def _margins(
         self,
@@ -139,11 +150,11 @@ class TokenModelOutput(AbstractModelOutput):
         if places is not None and logits.ndim == 3 and logits.shape[1] == len(places):
             labels = labels[:, places + 1]
         else:
-            logits, labels = _checked(logits, labels)
+            logits, labels = checked_shapes(logits, labels)
             # Labels are moved, as logits are too many to copy.
             labels = self._moved(labels)
         is_labelled = labels != IGNORED
-        _check_labels(labels, is_labelled, logits.shape[-1])
+        check_labels(labels, is_labelled, logits.shape[-1])
         rows = is_labelled.flatten().nonzero()[:, 0]
         known = labels.flatten()[rows].long()
         if torch._C._functorch.is_functorch_wrapped_tensor(logits):
@@ -218,7 +229,7 @@ class CausalLMModelOutput(TokenModelOutput):
     @staticmethod
     def _needed(model: Module, call: ModelCall) -> Int64[Tensor, " k"] | None:
         labels = call.labels
-        if labels.ndim != 2 or not _takes(model, "logits_to_keep"):
+        if labels.ndim != 2 or "logits_to_keep" not in forward_parameters(model):
             return None
         places = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         # Where none is labelled there is an error to come; one more is not worth it.
@@ -296,7 +307,7 @@ def _run(
     model: Module, weights: Weights | None, buffers: Weights | None, call: ModelCall
 ) -> Float[Tensor, "*shape"]:
     """Call the model for its logits, in whatever type they have."""
-    if _takes(model, "use_cache"):  # it would be kept for nothing
+    if "use_cache" in forward_parameters(model):  # it would be kept for nothing
         call.kwargs.setdefault("use_cache", False)
     try:
         return call_for_raw_logits(model, weights, buffers, call)
@@ -333,56 +344,14 @@ def _as_mapping(batch: Batch) -> Mapping[str, Any]:
 
 def _tokens_as_labels(batch: Mapping[str, Any]) -> Tensor:
     ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    if not isinstance(ids, Tensor) and ids:
+        raise BatchError(
+            f"input_ids is a {type(ids).__name__}, not a tensor. Pad and stack the rows, e.g. "
+            f"with DataCollatorWithPadding(tokenizer) of transformers."
+        )
     if not isinstance(ids, Tensor):
         raise BatchError(
             f"The batch has neither labels nor a tensor input_ids, got "
             f"{sorted(map(str, batch))}; pass one of them."
         )
-    return ids if mask is None else ids.where(mask != 0, IGNORED)
-
-
-def _takes(model: Module, name: str) -> bool:
-    return name in inspect.signature(model.forward).parameters
-
-
-def _checked(
-    logits: Tensor, labels: Tensor
-) -> tuple[Float[Tensor, "b t v"], Int[Tensor, "b t"]]:
-    if logits.ndim != 3:
-        raise TaskError(
-            f"A language model returns logits of shape (b, tokens, vocabulary), this one "
-            f"returned {tuple(logits.shape)}; use 'text_classification' for one label a "
-            f"text, or write a FunctionTask."
-        )
-    if labels.is_floating_point() or labels.dtype == torch.bool:
-        raise BatchError(
-            f"The labels have dtype {labels.dtype}; token ids are integers, so convert "
-            f"them with labels.long()."
-        )
-    if labels.shape != logits.shape[:2]:
-        raise BatchError(
-            f"The labels have shape {tuple(labels.shape)}, the logits "
-            f"{tuple(logits.shape)}; pass a token id, or {IGNORED}, for every position."
-        )
-    return logits, labels
-
-
-def _check_labels(
-    labels: Int[Tensor, "b t"], is_labelled: Bool[Tensor, "b t"], vocabulary: int
-) -> None:
-    bad = is_labelled & ((labels < 0) | (labels >= vocabulary))
-    if bad.any():
-        row, place = bad.nonzero()[0].tolist()
-        raise BatchError(
-            f"The label of token {place} of sequence {row} of the batch is "
-            f"{labels[row, place].item()}, which is neither {IGNORED} nor a token from 0 to "
-            f"{vocabulary - 1}; use the model's own tokenizer."
-        )
-    empty = ~is_labelled.any(1)
-    if empty.any():
-        row = int(empty.nonzero()[0])
-        raise BatchError(
-            f"Sequence {row} of the batch has no token to predict: all its labels are "
-            f"{IGNORED}, or it is too short or was truncated before its first label; leave it "
-            f"out, or truncate less."
-        )
+    return ids.where(mask != 0, IGNORED) if isinstance(mask, Tensor) else ids
