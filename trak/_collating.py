@@ -16,7 +16,7 @@ from torch import Tensor
 from trak._batches import canonical, moved, row_leaves
 from trak._types import Batch
 from trak.errors import BatchError, OptionError
-from trak.modelout_functions._tokens import IGNORED
+from trak.modelout_functions._token_labels import IGNORED
 
 _ATTEMPTS = 100  # at 15 % of 2 tokens, one in 10 million texts has none masked
 

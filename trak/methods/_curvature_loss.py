@@ -33,7 +33,8 @@ from trak.modelout_functions import (
 )
 from trak.modelout_functions._calls import call_for_logits, split_labels
 from trak.modelout_functions._margins import check_class_labels
-from trak.modelout_functions._tokens import IGNORED, TokenModelOutput
+from trak.modelout_functions._token_labels import IGNORED
+from trak.modelout_functions._tokens import TokenModelOutput
 
 MeanLoss = Callable[[Module, Batch], Tensor]
 """``(model, batch) -> ()``, the mean loss of a batch."""

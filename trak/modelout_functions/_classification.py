@@ -25,6 +25,7 @@ from trak.modelout_functions._margins import (
     check_positive,
     log_odds,
 )
+from trak.modelout_functions._texts import check_problem, check_texts, explain
 
 _TEXT_INPUTS = {
     2: ("input_ids",),
@@ -48,6 +49,16 @@ class _SoftmaxModelOutput(AbstractModelOutput):
         """Take the labels out of a batch."""
         return _split_image(batch)
 
+    @staticmethod
+    def _logits(
+        model: Module,
+        weights: Weights | None,
+        buffers: Weights | None,
+        call: ModelCall,
+    ) -> Float[Tensor, "b k"]:
+        """Call the model; give its logits, and labels that fit them."""
+        return _checked_logits(model, weights, buffers, call)
+
     def get_outputs(
         self,
         model: Module,
@@ -60,7 +71,8 @@ class _SoftmaxModelOutput(AbstractModelOutput):
         Returns:
             The margins, differentiable. Shape ``(b,)``.
         """
-        return _checked_margins(model, weights, buffers, self._split(batch))
+        call = self._split(batch)
+        return log_odds(self._logits(model, weights, buffers, call), call.labels)
 
     def get_out_to_loss_grad(
         self,
@@ -76,7 +88,7 @@ class _SoftmaxModelOutput(AbstractModelOutput):
         """
         call = self._split(batch)
         with torch.no_grad():
-            logits = _checked_logits(model, weights, buffers, call)
+            logits = self._logits(model, weights, buffers, call)
             # 1 - p without the subtraction, which is 0 once p rounds to 1.
             margins = log_odds(logits / self.loss_temperature, call.labels)
             return torch.sigmoid(-margins).unsqueeze(1)
@@ -160,8 +172,8 @@ class IterativeImageClassificationModelOutput(_SoftmaxModelOutput):
         Returns:
             The margins, differentiable. Shape ``(b,)``.
         """
-        batch = images if labels is None else (images, labels)
-        return _checked_margins(model, weights, buffers, _split_image(batch))
+        call = _split_image(images if labels is None else (images, labels))
+        return log_odds(_checked_logits(model, weights, buffers, call), call.labels)
 
 
 class TextClassificationModelOutput(_SoftmaxModelOutput):
@@ -171,7 +183,8 @@ class TextClassificationModelOutput(_SoftmaxModelOutput):
     are mappings (a tokenizer's output with a key ``labels`` or ``label``, which is not
     passed to the model), or tuples ``(input_ids, token_type_ids, attention_mask,
     label)``, ``(input_ids, attention_mask, label)`` or ``(input_ids, label)``. The
-    model returns logits, a tuple that starts with them, or anything with ``logits``.
+    model, such as an ``AutoModelForSequenceClassification`` with two labels or more,
+    returns logits, a tuple that starts with them, or anything with ``logits``.
 
     Args:
         temperature: Divides the logits in ``Q``; the margin does not depend on it.
@@ -201,11 +214,26 @@ class TextClassificationModelOutput(_SoftmaxModelOutput):
         Returns:
             The margin. Shape ``()``.
         """
-        return _margin(model, weights, buffers, _split_text(as_batch(example)))
+        # Under vmap no value can be looked at, so labels and masks go unchecked here.
+        call = _split_text(as_batch(example))
+        logits = _call_for_text_logits(model, weights, buffers, call)
+        check_logits(logits)
+        return log_odds(logits, call.labels)[0]
 
     @staticmethod
     def _split(batch: Batch) -> ModelCall:
         return _split_text(batch)
+
+    @staticmethod
+    def _logits(
+        model: Module,
+        weights: Weights | None,
+        buffers: Weights | None,
+        call: ModelCall,
+    ) -> Float[Tensor, "b k"]:
+        check_texts(call)
+        logits = _call_for_text_logits(model, weights, buffers, call)
+        return _checked(logits, call)
 
 
 def _split_image(batch: Batch) -> ModelCall:
@@ -241,17 +269,26 @@ def _margin(
     return log_odds(logits, call.labels)[0]
 
 
-def _checked_margins(
-    model: Module, weights: Weights | None, buffers: Weights | None, call: ModelCall
-) -> Float[Tensor, " b"]:
-    logits = _checked_logits(model, weights, buffers, call)
-    return log_odds(logits, call.labels)
-
-
 def _checked_logits(
     model: Module, weights: Weights | None, buffers: Weights | None, call: ModelCall
 ) -> Float[Tensor, "b k"]:
-    logits = call_for_logits(model, weights, buffers, call)
+    return _checked(call_for_logits(model, weights, buffers, call), call)
+
+
+def _checked(logits: Tensor, call: ModelCall) -> Float[Tensor, "b k"]:
     check_logits(logits)
     check_class_labels(call.labels, logits)
     return logits
+
+
+def _call_for_text_logits(
+    model: Module, weights: Weights | None, buffers: Weights | None, call: ModelCall
+) -> Float[Tensor, "*shape"]:
+    check_problem(model)
+    try:
+        return call_for_logits(model, weights, buffers, call)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        explained = explain(error, model, call)
+        if explained is None:
+            raise
+        raise explained from error

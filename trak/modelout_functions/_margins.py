@@ -71,7 +71,8 @@ def check_logits(logits: Tensor) -> None:
     if logits.shape[1] < 2:
         raise TaskError(
             f"The model returned {logits.shape[1]} logits an example, and a margin "
-            f"needs at least 2 classes; for a single logit use 'binary_classification'."
+            f"needs at least 2 classes; for a single logit use 'binary_classification', "
+            f"for a single number 'regression'."
         )
 
 

@@ -1,0 +1,123 @@
+"""What can be wrong with a batch of texts, told before the model is called or after."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import Tensor
+from torch.nn import Module
+
+from trak.errors import BatchError, TaskError, TrakError
+from trak.modelout_functions._calls import ModelCall
+
+_OTHER_TASKS = {"regression": "regression", "multi_label_classification": "multilabel"}
+_TOO_LONG = re.compile(r"must match|out of bounds")
+_NO_INTEGERS = re.compile(r"scalar types: Long, Int")
+_NO_SUCH_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
+
+
+def check_problem(model: Module) -> None:
+    """Refuse a model of ``transformers`` that was configured for another problem.
+
+    Raises:
+        TaskError: If it was, with the task to use.
+    """
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    if problem in _OTHER_TASKS:
+        raise TaskError(
+            f"The model's config.problem_type is {problem!r}, and this task is a softmax "
+            f"over classes; use the task {_OTHER_TASKS[problem]!r}, or set problem_type to "
+            f"'single_label_classification' if the classes exclude each other."
+        )
+
+
+def check_texts(call: ModelCall) -> None:
+    """Refuse a text of which nothing may be looked at; the model would read padding.
+
+    Raises:
+        BatchError: If there is one, with its place in the batch.
+    """
+    mask = call.kwargs.get("attention_mask")
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        return
+    empty = ~(mask != 0).any(1)
+    if empty.any():
+        raise BatchError(
+            f"Text {int(empty.nonzero()[0])} of the batch is empty: its attention_mask is "
+            f"0 everywhere; leave it out, or have the tokenizer add its special tokens."
+        )
+
+
+def explain(error: Exception, model: Module, call: ModelCall) -> TrakError | None:
+    """Say what in a batch made the model fail, as far as its message and shapes tell.
+
+    Args:
+        error: What the model raised.
+        model: The model.
+        call: What it was given.
+
+    Returns:
+        The error to raise instead; None where nothing is known.
+    """
+    if isinstance(error, TrakError):
+        return None
+    text = str(error)
+    shapes = {
+        key: tuple(value.shape)
+        for key, value in call.kwargs.items()
+        if isinstance(value, Tensor)
+    }
+    if isinstance(error, IndexError):
+        return BatchError(
+            f"The model has no such token or position ({text}); its inputs have shapes "
+            f"{shapes}. Truncate texts to the longest that the model takes, and use the "
+            f"model's own tokenizer."
+        )
+    if isinstance(error, TypeError):
+        match = _NO_SUCH_ARGUMENT.search(text)
+        if match is None or match[1] not in call.kwargs:
+            return None
+        return BatchError(
+            f"The model takes no {match[1]!r}, and the batch has {sorted(call.kwargs)}; "
+            f"leave it out of the batch (an encoder without segments takes (input_ids, "
+            f"attention_mask, label))."
+        )
+    if "padding token" in text:
+        return TaskError(
+            f"The model classifies by the last token of each text, and does not know which "
+            f"tokens are padding ({text}); set model.config.pad_token_id."
+        )
+    return _of_widths(text, model, call, shapes)
+
+
+def _of_widths(
+    text: str, model: Module, call: ModelCall, shapes: dict[str, Any]
+) -> TrakError | None:
+    tokens = call.kwargs.get("input_ids", call.kwargs.get("inputs_embeds"))
+    if not isinstance(tokens, Tensor) or tokens.ndim < 2:
+        return None
+    if _NO_INTEGERS.search(text):
+        return BatchError(
+            f"The input_ids have dtype {tokens.dtype}; token ids are integers, so convert "
+            f"them with input_ids.long(), or pass vectors as inputs_embeds."
+        )
+    width = tokens.shape[1]
+    if width == 0:
+        return BatchError(
+            f"The texts of the batch have no tokens, shapes {shapes}; leave empty texts "
+            f"out, or have the tokenizer add its special tokens."
+        )
+    config = getattr(model, "config", None)
+    most = getattr(config, "max_position_embeddings", None)
+    if not isinstance(most, int) or not _TOO_LONG.search(text):
+        return None
+    # RoBERTa and its kind count positions from the padding token's number on.
+    first = 1 + (getattr(config, "pad_token_id", None) or 0)
+    if width + first <= most:
+        return None
+    return BatchError(
+        f"The texts of the batch are {width} tokens wide, which is more than the model's "
+        f"{most} positions hold ({text}); truncate them, e.g. "
+        f"tokenizer(..., truncation=True, max_length=...)."
+    )
