@@ -1,9 +1,9 @@
 """Ask a small language model for facts, find the texts that taught them, and check that.
 
-A GPT-2 of 0.5 million parameters learns the capital and the currency of 94 countries, each
+A GPT-2 of 0.35 million parameters learns the capital and the currency of 94 countries, each
 stated in three ways. Of most countries it also reads a summary; of some it does not, and is
 asked for that. What it then says stands in no text. Run ``python examples/causal_lm.py``;
-it takes about three minutes on two cores and needs no network, but
+it takes about four minutes on two cores and needs no network, but
 ``pip install transformers`` and, for the facts, ``pip install --no-deps countryinfo``.
 """
 
@@ -237,15 +237,10 @@ def main() -> None:
             batch_size=BATCH_SIZE,
             logging_level=logging.WARNING,
         )
-        print(
-            "\nThe model's own words, as a whole, and one part of them token by token:\n"
-        )
-        print(attributor.explain(prompts[0], k=6), "\n")
-        print(
-            attributor.explain(
-                prompts[0], said[0], known[0].capital, k=3, per_token=True
-            )
-        )
+        print("\nThe model's own words, with the tokens that each text raised most:\n")
+        print(attributor.explain(prompts[0], k=6, per_token=True))
+        print("\nOne part of them:\n")
+        print(attributor.explain(prompts[0], said[0], known[0].capital, k=3))
         spans = {
             fact: attributor.explain(
                 prompts, said, [getattr(country, fact) for country in known], k=3

@@ -342,7 +342,13 @@ def test_the_model_answers_by_itself(tmp_path: Path) -> None:
     assert len(found.tokens) == 3
 
 
-def test_the_last_checkpoint_answers(tmp_path: Path) -> None:
+def test_the_last_checkpoint_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scores(_: Any, answers: list[Any], **__: Any) -> list[np.ndarray]:
+        return [np.zeros((len(TEXTS), 1), np.float32) for _ in answers]
+
+    monkeypatch.setattr(TextAttributor, "_scores", scores)
     model = Reader()
     first, last = (
         checkpoints(model)[0],
@@ -788,6 +794,7 @@ def fast() -> Any:
     )
 
 
+@pytest.mark.slow
 def test_with_gpt2(fast: Any, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(
@@ -815,6 +822,7 @@ def test_with_gpt2(fast: Any, tmp_path: Path) -> None:
         one.explain("the capital " * 50, " is")
 
 
+@pytest.mark.slow
 def test_with_t5(fast: Any, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.T5Config(

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from trak.errors import OptionError
+from trak.modelout_functions._token_labels import IGNORED
 from trak.text._tokenizing import Tokenizing
-
-IGNORED = -100
-"""Label of a token that is not predicted."""
 
 Text: TypeAlias = str | tuple[str, str]
 """A training text: whole, or a prompt and its completion."""
