@@ -29,6 +29,9 @@ SMALL = ("digits", "diabetes", "mnist", "cifar4")
 
 TEXT = ("sst2", "rte", "sst2_top", "qnli_top", "rte_top")
 
+PAIRS = ("qnli_head", "rte_head")
+"""Truths whose inputs are vectors of pairs of texts."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -112,6 +115,10 @@ def _baselines(truth: str) -> Iterator[Line]:
         yield Line(
             "similarity of inputs", "similarity", options={"by": kind}, variant=kind
         )
+    for power in (1, 2) if truth in PAIRS else ():
+        options = {"by": "signed", "of": "pairs", "power": power}
+        name = "similarity of pairs"
+        yield Line(name, "similarity", (0,), options, f"power {power}", power == 1)
     if truth in TEXT:
         for kind in ("label", "signed"):
             options = {"by": kind, "of": "words"}
