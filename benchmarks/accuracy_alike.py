@@ -18,6 +18,8 @@ def alike(setting: Setting) -> np.ndarray:
     embed = _embedder(setting, options.get("of", "inputs"))
     left, right = embed(split.train, split.targets)
     found = _unit(left) @ _unit(right).T
+    if "power" in options:  # the nearer, the more
+        found = np.sign(found) * np.abs(found) ** options["power"]
     labels, wanted = split.train[-1], split.targets[-1]
     if labels.is_floating_point():
         found = found * labels[:, None].numpy()
@@ -51,9 +53,17 @@ def _bm25(setting: Setting) -> np.ndarray:
 
 
 def _embedder(setting: Setting, of: str) -> Callable[..., tuple]:
+    if of == "pairs":
+        return lambda *parts: tuple(_mean_of_pair(part[0]).numpy() for part in parts)
     if setting.truth.task != "text_classification":
         return lambda *parts: tuple(part[0].flatten(1).numpy() for part in parts)
     return _word_counts if of == "words" else lambda *parts: _sentences(setting, *parts)
+
+
+def _mean_of_pair(rows: torch.Tensor) -> torch.Tensor:
+    """Add the vectors of the two texts of a pair, which rows begin with."""
+    u, v, *_ = rows.chunk(4, dim=1)
+    return u + v
 
 
 def _word_counts(*parts: tuple) -> tuple:

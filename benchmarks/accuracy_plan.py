@@ -32,6 +32,9 @@ TEXT = ("sst2", "rte", "sst2_top", "qnli_top", "rte_top")
 LANGUAGE = ("webnlg",)
 """Truths of language models."""
 
+PAIRS = ("qnli_head", "rte_head")
+"""Truths whose inputs are vectors of pairs of texts."""
+
 
 @dataclass(frozen=True)
 class Line:
@@ -117,6 +120,10 @@ def _baselines(truth: str) -> Iterator[Line]:
         yield Line(
             "similarity of inputs", "similarity", options={"by": kind}, variant=kind
         )
+    for power in (1, 2) if truth in PAIRS else ():
+        options = {"by": "signed", "of": "pairs", "power": power}
+        name = "similarity of pairs"
+        yield Line(name, "similarity", (0,), options, f"power {power}", power == 1)
     if truth in TEXT:
         for kind in ("label", "signed"):
             options = {"by": kind, "of": "words"}

@@ -357,6 +357,21 @@ def test_vectors_do_not_depend_on_padding_or_neighbours(
     torch.testing.assert_close(product, u * v)
 
 
+@pytest.mark.parametrize("power", [1, 2])
+def test_pairs_are_compared_by_the_mean_of_their_texts(accuracy, power):
+    alike = importlib.import_module("accuracy_alike")
+    u, v = torch.randn(2, 6, 3, generator=torch.Generator().manual_seed(0))
+    rows, labels = torch.cat([u, v, 5 * u, 7 * v], dim=1), torch.arange(6) % 2
+    split = accuracy.data.Split((rows, labels), (rows[:2], labels[:2]))
+    truth = SimpleNamespace(split=split, task="image_classification")
+    options = {"by": "signed", "of": "pairs", "power": power}
+    setting = SimpleNamespace(truth=truth, line=SimpleNamespace(options=options))
+    cosine = torch.nn.functional.cosine_similarity((u + v)[:, None], (u + v)[:2], -1)
+    signs = torch.where(labels[:, None] == labels[:2], 1.0, -1.0)
+    known = signs * cosine.sign() * cosine.abs() ** power
+    torch.testing.assert_close(torch.from_numpy(alike.alike(setting)), known)
+
+
 # -- counterfactuals of two classes ---------------------------------------------------
 
 
