@@ -19,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,7 @@ def scored(run: Run) -> dict[str, np.ndarray]:
 
 def scorers(run: Run) -> dict[str, Callable[[], np.ndarray]]:
     last = run.checkpoints
+    paper = partial(methods.TRAK, exponents=(0.0, 1.0))
     return {
         "random": lambda: np.random.default_rng(0).standard_normal((
             run.model.n,
@@ -145,8 +146,8 @@ def scorers(run: Run) -> dict[str, Callable[[], np.ndarray]]:
         "representations": lambda: of_states(run),
         "gradient cosine": lambda: along(run, methods.GradientCosine, 1),
         "TracIn": lambda: tracin(run),
-        "TRAK, 1 checkpoint": lambda: along(run, methods.TRAK, 1),
-        f"TRAK, {last} checkpoints": lambda: along(run, methods.TRAK, last),
+        "TRAK, 1 checkpoint": lambda: along(run, paper, 1),
+        f"TRAK, {last} checkpoints": lambda: along(run, paper, last),
     }
 
 
