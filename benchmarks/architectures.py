@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import re
@@ -48,17 +47,18 @@ COLUMNS = {
 
 def measured(it: Architecture) -> dict[str, Any]:
     """Compute a line of the table."""
-    known = loop_gradients(it)
+    known, widest = loop_gradients(it)
+    dtype = it.dtype if widest == torch.float64 else widest
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        found, computer = engine_gradients(it, it.dtype)
+        found, computer = engine_gradients(it, dtype)
     coverage = computer.coverage
     return {
         "title": it.title,
         "class": it.kind,
         "task": it.task,
         "engine": type(computer).__name__,
-        "dtype": str(it.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "d": known.shape[1],
         "error": float((found - known).abs().max() / known.abs().max()),
         "shares": {rung.name: coverage.share(rung) for rung in Rung},
@@ -97,7 +97,8 @@ def line_of(row: dict[str, Any]) -> str:
     for rung in COLUMNS:
         share = 100 * row["shares"][rung.name]
         cells.append(f"{share:.1f} %" if share else "")
-    cells.append(f"{row['error']:.0e} ({row['dtype']})")
+    error = f"{row['error']:.0e}" if row["error"] else "0"
+    cells.append(f"{error} ({row['dtype']})")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -128,8 +129,7 @@ def rows_of(only: list[str]) -> list[dict[str, Any]]:
     for it in ARCHITECTURES:
         if only and not it.title.startswith(tuple(only)):
             continue
-        if importlib.util.find_spec(it.library) is None:
-            absent = f"{it.library} is not installed"
+        if absent := it.absence():
             row = {"title": it.title, "class": it.kind, "task": it.task}
             rows.append({**row, "absent": absent})
         else:
