@@ -60,10 +60,13 @@ def main() -> None:
     )
     parser.add_argument("--packages", type=Path, help="directory of npm archives")
     parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--targets", type=int, default=12, help="of the retraining")
+    parser.add_argument("--targets", type=int, default=8, help="of the retraining")
     parser.add_argument("--repeats", type=int, default=2, help="seeds of a retraining")
     parser.add_argument("--random", type=int, default=3, help="random removals")
     parser.add_argument("--share", type=float, default=0.01, help="of pairs to remove")
+    parser.add_argument(
+        "--words", action="store_true", help="remove by shared words, too"
+    )
     parser.add_argument("--no-retraining", action="store_true")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -267,8 +270,9 @@ def remove(
     of = {
         "TRAK": f"TRAK, {suffix}",
         "CLIP similarity": f"CLIP similarity of image and text, {suffix}",
-        "shared words": "shared words",
     }
+    if options.words:
+        of["shared words"] = "shared words"
     ranked = {name: scores[long][:, chosen] for name, long in of.items()}
 
     def train(indices: np.ndarray, seed: int) -> torch.nn.Module:
@@ -282,7 +286,7 @@ def remove(
         outputs,
         ranked,
         [k],
-        options.out / f"removal_{len(chosen)}.npz",
+        options.out / f"removal_{len(of)}_{len(chosen)}.npz",
         n_random=options.random,
         n_repeats=options.repeats,
         metadata={"epochs": clip_model.EPOCHS, "targets": chosen.tolist()},
@@ -301,7 +305,7 @@ def remove(
             "fall": curve.per_target[0].tolist(),
             "interval": curve.interval[0].tolist(),
         }
-    for name in ("CLIP similarity", "shared words"):
+    for name in [*of][1:]:
         between = curves["TRAK"].minus(curves[name])
         print(f"| TRAK minus {name} | {_point(between)} | |", flush=True)
     return found
