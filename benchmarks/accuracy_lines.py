@@ -21,7 +21,7 @@ from accuracy_banks import given
 from accuracy_models import train
 from accuracy_plan import EXPONENTS, MULTIPLES
 from accuracy_setting import EXPERIMENT, Setting
-from accuracy_variants import late_epochs, tried
+from accuracy_variants import Tried, late_epochs, tried
 
 from trak import methods
 from trak._members import balanced
@@ -167,12 +167,31 @@ def variants(setting: Setting) -> Lines:
 
     checkpoints = [(setting.checkpoint(c), setting.halves[c]) for c in range(count)]
     exponents = tuple(TASK_TO_MODELOUT[truth.task].exponents)
-    lengths = None
-    if truth.task == "causal_lm":
-        lengths = truth.split.train[1].sum(1).double().numpy()
-    found = tried(truth.model, exponents, checkpoints, late, gradients, lengths)
+    found = tried(
+        truth.model, exponents, checkpoints, late, gradients, _lengths(setting)
+    )
     for trained, name, scores in found:
         yield Step(trained, lambda scores=scores: scores, label=name)
+
+
+def changes(setting: Setting) -> Lines:
+    """Score with the changes to the estimator that projected gradients are enough for."""
+    traker = setting.open()
+    lengths = _lengths(setting)
+    found = Tried(tuple(traker.exponents), lengths)
+    for c in range(max(setting.line.counts)):
+        rows, targets, weights = setting.rows(traker, c)
+        found.add(rows, targets, weights, setting.halves[c])
+        if c + 1 in setting.line.counts:
+            for name, scores in found.scores():
+                yield Step(c + 1, lambda scores=scores: scores, label=name)
+
+
+def _lengths(setting: Setting) -> np.ndarray | None:
+    """Count the tokens of the training texts of a language model."""
+    if setting.truth.task != "causal_lm":
+        return None
+    return setting.truth.split.train[1].sum(1).double().numpy()
 
 
 def _record(setting: Setting, traker: Any, c: int) -> CheckpointData:

@@ -196,6 +196,7 @@ def _language(counts: tuple[int, ...]) -> Iterator[Line]:
             needs="wide",
         )
     few = tuple(count for count in counts if count <= 5)
+    yield Line("what was tried, p=8192", "changes", (1, *few[-1:]), needs="wide")
     yield Line("what was tried", "variants", few[-1:], needs="exact")
     yield from _gradients(counts)
     for multiple in (0.01, 0.1, 1.0):
