@@ -380,6 +380,19 @@ def test_a_large_table_is_not_followed() -> None:
     assert Rung.FOLLOWED not in ladder._ways["table.weight"]
 
 
+def test_half_precision_does_not_hide_what_is_missing() -> None:
+    """A table of little weight, used outside of its layer, is found all the same."""
+    model, _ = made("refined")
+    model.norm.weight.data *= 1e-3
+    model = model.to(torch.bfloat16)
+    batch = BATCH[0].to(torch.bfloat16), BATCH[1]
+    task = resolve_task("image_classification")
+    computer = HookGradientComputer(model, task)
+    found = computer.compute_per_sample_grad(batch)["table.weight"]
+    assert computer.coverage.rungs["table.weight"] is Rung.FOLLOWED
+    assert found.flatten(1).norm(dim=1).gt(0).all()
+
+
 def test_a_table_that_is_not_used() -> None:
     """It meets nobody, and its gradient is zero."""
 
