@@ -238,7 +238,9 @@ def by_hand(
 def test_scores_are_those_of_the_oracle(tmp_path: Path) -> None:
     """Whole texts of several lengths; an answer and a span of it, in one pass."""
     tokenizer = Pieces()
-    found = attribute(tmp_path, checkpoints=checkpoints(Reader())).explain(
+    found = attribute(
+        tmp_path, checkpoints=checkpoints(Reader()), exponents=(0.0, 1.0)
+    ).explain(
         ["the capital of japan", "lima is"],
         [" is tokyo", " old"],
         ["kyo", None],
@@ -267,9 +269,9 @@ def test_scores_are_those_of_the_oracle(tmp_path: Path) -> None:
 def test_of_a_pair_only_the_completion_is_learned(tmp_path: Path) -> None:
     pairs = [("the capital of japan is", " tokyo"), "lima is old", ("tokyo", " rules")]
     tokenizer = Pieces(bos=True, eos=True)
-    answer = attribute(tmp_path, tokenizer=tokenizer, texts=pairs).explain(
-        "lima is", " old"
-    )
+    answer = attribute(
+        tmp_path, tokenizer=tokenizer, texts=pairs, exponents=(0.0, 1.0)
+    ).explain("lima is", " old")
     rows = tokenizer(["the capital of japan is tokyo", "lima is old", "tokyo rules"])
     first, second, third = rows["input_ids"]
     train = [

@@ -230,7 +230,12 @@ LONG = torch.ones(4, 20, dtype=torch.long)
         ("Bert", {"input_ids": IDS + 25}, BatchError, "no such token or position"),
         ("Bert", {"input_ids": IDS.float()}, BatchError, "dtype torch.float32; token"),
         ("GPT2", {"input_ids": LONG, "attention_mask": LONG}, BatchError, "position"),
-        ("DistilBert", {"token_type_ids": SEGMENTS}, BatchError, "no 'token_type_ids'"),
+        (
+            "DistilBert",
+            {"token_type_ids": SEGMENTS},
+            BatchError,
+            "the model does not take",
+        ),
         ("Bert", {"labels": [0, 1, 2, 0]}, BatchError, "not a tensor"),
     ],
 )
