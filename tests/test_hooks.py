@@ -449,6 +449,29 @@ def test_the_out_to_loss_weights_do_not_run_the_model_again() -> None:
     assert model.calls == 2
 
 
+def test_a_language_model_is_not_run_again_either() -> None:
+    """Its task looks at what the model's forward takes."""
+
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.head, self.calls = nn.Embedding(9, 4), nn.Linear(4, 9), 0
+
+        def forward(self, input_ids: Tensor, use_cache: bool = True) -> Tensor:
+            self.calls += 1
+            assert not use_cache
+            return self.head(torch.tanh(self.words(input_ids)))
+
+    model, ids = randomize(Causal()), torch.arange(10).reshape(2, 5) % 9
+    batch = {"input_ids": ids, "labels": ids}
+    computer = computer_of(model, resolve_task("causal_lm"))
+    computer.compute_per_sample_grad(batch)
+    model.calls = 0
+    computer.compute_per_sample_grad(batch)
+    computer.compute_loss_grad(batch)
+    assert model.calls == 1
+
+
 def change_weights(model: nn.Module, batch: Any) -> Any:
     model.layer.weight.data = model.layer.weight.data * 2
     return batch

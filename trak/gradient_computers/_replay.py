@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -82,6 +83,7 @@ class Recording:
         overridden = "forward" in vars(model)
         calls, self._calls = self._calls, []
 
+        @functools.wraps(forward)  # tasks look at what it takes
         def answer(*args: Any, **kwargs: Any) -> Any:
             if calls and calls[0].fits(model, (args, kwargs)):
                 return calls.pop(0).outputs
