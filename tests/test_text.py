@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests import reference
-from tests.problems import draw
+from tests.problems import draw, randomized
 from trak import TRAKer
 from trak.errors import BatchError, OptionError, StoreError
 from trak.projectors import NoOpProjector
@@ -839,7 +839,7 @@ def test_with_t5(fast: Any, tmp_path: Path) -> None:
         decoder_start_token_id=0,
     )
     model = transformers.T5ForConditionalGeneration(config)
-    randomized(model, seed=1)
+    model.load_state_dict(randomized(model, seed=1))
     names = ["shared.weight", "*.layer.*SelfAttention.q.weight"]
     one = TextAttributor(
         model,
