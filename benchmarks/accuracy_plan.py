@@ -96,7 +96,7 @@ def lines(truth: str, n_checkpoints: int, n_given: int, plan: str) -> list[Line]
     counts = tuple(count for count in CHECKPOINTS if count <= min(most, n_checkpoints))
     found = [Line("training", "training")]
     if truth in LANGUAGE:
-        return [*found, *_language(counts)]
+        return [*found, *_language(truth, counts, plan)]
     found += _baselines(truth)
     found += _ours(counts)
     found += _sizes(truth, counts, plan)
@@ -179,22 +179,13 @@ def _gradients(counts: tuple[int, ...]) -> Iterator[Line]:
     yield Line("representations", "representations", counts, {"same_label": False})
 
 
-def _language(counts: tuple[int, ...]) -> Iterator[Line]:
+def _language(truth: str, counts: tuple[int, ...], plan: str) -> Iterator[Line]:
     yield Line("random", "random")
     yield Line("BM25", "similarity")
     yield Line("TRAK", "trak", counts, needs="sparse")
     yield Line("TRAK, p=8192", "trak", counts, needs="wide")
     yield Line("TRAK by damping and exponents", "grid", counts, needs="sparse")
-    for p in SKETCHES:
-        yield Line(
-            "traker's arithmetic",
-            "arithmetic",
-            counts,
-            {"p": p},
-            f"p={p}",
-            is_default=p == 2048,
-            needs="wide",
-        )
+    yield from _arithmetic(truth, counts, plan)
     few = tuple(count for count in counts if count <= 5)
     yield Line("what was tried, p=8192", "changes", (1, *few[-1:]), needs="wide")
     yield Line("what was tried", "variants", few[-1:], needs="exact")

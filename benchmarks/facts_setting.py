@@ -18,6 +18,8 @@ from accuracy_models import Recipe
 from facts_data import Facts
 from torch import Tensor, nn
 
+from trak.modelout_functions import TASK_TO_MODELOUT
+
 TOKENS = 64
 """Longest text, in pieces of the Llama."""
 
@@ -110,18 +112,17 @@ class FactModel(ABC):
             Mean margins of the tokens of the answers, and whether each token is the most
             likely one after those before it. Shape ``(m,)`` each.
         """
-        logits = model(**self.queries, use_cache=False).logits.double()
-        labels = self.queries["labels"]
-        if self.task == "causal_lm":
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        asked = labels != IGNORED
-        known = labels.where(asked, 0)[..., None]
-        logp = logits.log_softmax(-1).gather(-1, known)[..., 0]
-        rest = logits.scatter(-1, known, -torch.inf).logsumexp(-1)
-        margins = logp - (rest - logits.logsumexp(-1))
-        means = (margins * asked).sum(1) / asked.sum(1)
-        right = ((logits.argmax(-1) == labels) | ~asked).all(1)
-        return means.numpy(), right.numpy()
+        task = TASK_TO_MODELOUT[self.task]()
+        margins = task.get_outputs(model, None, None, self.queries)
+        logits, labels = task.logits_and_labels(model, None, None, self.queries)
+        right = (logits.argmax(-1) == labels) | (labels == IGNORED)
+        return margins.numpy(), right.all(1).numpy()
+
+
+def averaged(states: Tensor, mask: Tensor) -> Tensor:
+    """Average the states of a text's tokens. Shape ``(b, k)``."""
+    weights = mask[..., None].float()
+    return (states * weights).sum(1) / weights.sum(1)
 
 
 _LLAMA = Recipe(12, 4e-3, batch=16, optimizer="adamw", decay=0.01)
@@ -166,8 +167,7 @@ class Llama(FactModel):
     def states(self, model: nn.Module, batch: Mapping) -> Tensor:
         mask = batch["attention_mask"]
         found = model.model(batch["input_ids"], attention_mask=mask, use_cache=False)
-        weights = mask[..., None].float()
-        return (found.last_hidden_state * weights).sum(1) / weights.sum(1)
+        return averaged(found.last_hidden_state, mask)
 
 
 @dataclass(frozen=True)
@@ -208,8 +208,7 @@ class T5(FactModel):
     def states(self, model: nn.Module, batch: Mapping) -> Tensor:
         mask = batch["attention_mask"]
         found = model.encoder(batch["input_ids"], attention_mask=mask)
-        weights = mask[..., None].float()
-        return (found.last_hidden_state * weights).sum(1) / weights.sum(1)
+        return averaged(found.last_hidden_state, mask)
 
 
 KINDS: dict[str, Callable[..., FactModel]] = {"llama": Llama, "t5": T5}
