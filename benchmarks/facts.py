@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -272,7 +272,7 @@ def counterfactual(run: Run, given: argparse.Namespace) -> list[dict[str, Any]]:
         n_repeats=given.repeats,
         seed=1,
         shard=(index, count),
-        metadata=asdict(run.model.recipe),
+        metadata=run.model.recipe.as_dict(),
         progress=False,
     )
     return [row | {"model": run.model.name} for row in lost(bank, names, asked, masks)]
