@@ -29,14 +29,6 @@ if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
                 "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
             )
 
-pytestmark = [
-    # open_clip's attention is run again under vmap, and three matrices of its own go to
-    # vmap over the whole model: slower, and said so, with the same result.
-    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:Some per-sample gradients:trak.errors.TrakWarning"
-    ),
-]
 EOS, VOCABULARY, LENGTH = 49, 50, 7
 
 
