@@ -104,6 +104,13 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 1,
 }
+DISTILBERT = {
+    "vocab_size": 30,
+    "dim": 16,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 12,
+}
 T5 = {
     "vocab_size": 30,
     "d_model": 8,
@@ -350,7 +357,7 @@ ARCHITECTURES = (
         "DistilBertForMaskedLM",
         "masked_lm",
         masked,
-        {"vocab_size": 30, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 12},
+        DISTILBERT,
     ),
     Architecture(
         "ModernBERT",

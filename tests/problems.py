@@ -7,6 +7,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -221,6 +222,30 @@ class Named(torch.nn.Module):
     def forward(self, *, ids: Tensor, mask: Tensor, scale: Tensor) -> Tensor:
         hidden = self.embed(ids.long()) * mask.unsqueeze(-1)
         return self.head(torch.tanh(scale * hidden.sum(1)))
+
+
+class Reader(torch.nn.Module):
+    """Predicts a token from the one before, its position and the mean of those before it."""
+
+    def __init__(self, tokens: int, positions: int) -> None:
+        super().__init__()
+        self.tokens = torch.nn.Embedding(tokens, 4, dtype=torch.float64)
+        self.places = torch.nn.Embedding(positions, 4, dtype=torch.float64)
+        self.head = torch.nn.Linear(4, tokens, dtype=torch.float64)
+        for i, value in enumerate(self.parameters()):
+            value.data = draw(*value.shape, seed=i)
+
+    def read(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        hidden = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
+        if mask is not None:
+            hidden = hidden * mask[..., None]
+        counts = torch.arange(1, ids.shape[1] + 1)[:, None]
+        return torch.tanh(hidden + hidden.cumsum(1) / counts)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.head(self.read(input_ids, attention_mask)))
 
 
 def keywords(n: int, seed: int) -> dict[str, Any]:

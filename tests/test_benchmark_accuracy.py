@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.problems import randomized
 from trak.evaluation import GroundTruth, lds, random_subsets
 
 ROOT = Path(__file__).parents[1]
@@ -306,7 +307,9 @@ def test_upper_layers_give_what_the_whole_model_gives(accuracy, monkeypatch):
             num_attention_heads=2,
             intermediate_size=12,
         )
-        return transformers.BertForSequenceClassification(config)
+        made = transformers.BertForSequenceClassification(config)
+        made.load_state_dict(randomized(made, 1))
+        return made
 
     monkeypatch.setattr(models, "minilm", small)
     models._frozen_minilm.cache_clear()
@@ -331,6 +334,7 @@ def test_vectors_do_not_depend_on_padding_or_neighbours(
         intermediate_size=12,
     )
     model = transformers.BertForSequenceClassification(config)
+    model.load_state_dict(randomized(model, 1))
     monkeypatch.setattr(states, "minilm", lambda: model)
     monkeypatch.setattr(states, "STORED", tmp_path)
     ids, kinds, mask, labels = lengths()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.problems import draw
 from trak import TRAKer
 from trak.errors import TaskError
 from trak.gradient_computers import HookGradientComputer
@@ -29,20 +30,11 @@ if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
                 "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
             )
 
-pytestmark = [
-    # open_clip's attention is run again under vmap, and three matrices of its own go to
-    # vmap over the whole model: slower, and said so, with the same result.
-    pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:Some per-sample gradients:trak.errors.TrakWarning"
-    ),
-]
 EOS, VOCABULARY, LENGTH = 49, 50, 7
 
 
 def draw_images(count: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)
+    return draw(count, 3, 8, 8, seed=seed)
 
 
 def draw_tokens(count: int, seed: int) -> Tensor:
@@ -57,15 +49,15 @@ def draw_tokens(count: int, seed: int) -> Tensor:
 
 def randomize(model: torch.nn.Module) -> torch.nn.Module:
     """Draw every weight, so that none is a special case such as a bias of 0."""
-    generator = torch.Generator().manual_seed(0)
+    model = model.double().eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
+        for i, (name, parameter) in enumerate(model.named_parameters()):
+            is_scale = "norm" in name or "ln_" in name
+            shift = float(is_scale and name.endswith("weight"))
+            parameter.copy_(shift + 0.3 * draw(*parameter.shape, seed=i))
             if name.endswith("logit_scale"):
                 parameter.fill_(1.3)
-            else:
-                parameter.add_(0.1 * noise)
-    return model.double().eval()
+    return model
 
 
 def transformers_clip() -> torch.nn.Module:

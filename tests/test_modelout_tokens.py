@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from tests import problems
 from tests.contracts.task_contract import TaskCase, TaskContract, state, take
 from tests.problems import draw
 from trak.errors import BatchError, OptionError, TaskError
@@ -36,28 +37,11 @@ TASKS = {
 }
 
 
-class Reader(nn.Module):
-    """Predicts from the token and the mean of those before it; 7 tokens, 8 places."""
+class Reader(problems.Reader):
+    """One of 7 tokens and 8 places."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.tokens = nn.Embedding(7, 4, dtype=torch.float64)
-        self.places = nn.Embedding(8, 4, dtype=torch.float64)
-        self.head = nn.Linear(4, 7, dtype=torch.float64)
-        for i, value in enumerate(self.parameters()):
-            value.data = draw(*value.shape, seed=i)
-
-    def read(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
-        if mask is not None:
-            hidden = hidden * mask[..., None]
-        counts = torch.arange(1, ids.shape[1] + 1)[:, None]
-        return torch.tanh(hidden + hidden.cumsum(1) / counts)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.head(self.read(input_ids, attention_mask)))
+        super().__init__(7, 8)
 
 
 class Translator(Reader):

@@ -11,13 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks import architectures_models as models
+from benchmarks.architectures_models import IDS, MASK
 from tests.problems import draw
 from tests.test_hooks_models import assert_exact, compute
 from trak import TRAKer
 from trak._checkpoints import load_weights
 from trak._params import select_parameters
 from trak.errors import CheckpointError, OptionError
-from trak.gradient_computers._ladder import HOOKED
+from trak.gradient_computers._ladder import HOOKED, Rung
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")
@@ -27,23 +29,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore::FutureWarning", "ignore::UserWarning:peft"
 )
 
-IDS = torch.tensor([
-    [3, 9, 4, 1, 5, 9, 2],
-    [6, 5, 3, 5, 8, 9, 0],
-    [7, 9, 3, 2, 0, 0, 0],
-])
-MASK = (IDS > 0).long()
-SIZES = {
-    "vocab_size": 30,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 12,
-    "max_position_embeddings": 16,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 1,
-}
+SIZES = {**models.SIZES, "max_position_embeddings": 16}
 QUERIES = {"llama": ["q_proj", "v_proj", "down_proj"], "bert": ["query", "value"]}
 
 
@@ -65,11 +51,12 @@ def base_of(kind: str) -> nn.Module:
     return filled(model.double())
 
 
-def filled(model: nn.Module, seed: int = 0) -> nn.Module:
+def filled(model: nn.Module, seed: int = 0, *, only_trained: bool = False) -> nn.Module:
     """Random weights for everything; adapters begin with zeros otherwise."""
     with torch.no_grad():
         for i, value in enumerate(model.parameters()):
-            value.copy_(0.3 * draw(*value.shape, seed=seed + i))
+            if value.requires_grad or not only_trained:
+                value.copy_(0.3 * draw(*value.shape, seed=seed + i))
     return model
 
 
@@ -79,11 +66,7 @@ def adapted(kind: str, seed: int = 0, **changes: Any) -> nn.Module:
     config = peft.LoraConfig(task_type=task, **options)
     model: nn.Module = peft.get_peft_model(base_of(kind), config)
     model = model.double()
-    with torch.no_grad():
-        for i, value in enumerate(model.parameters()):
-            if value.requires_grad:
-                value.copy_(0.3 * draw(*value.shape, seed=100 + seed + i))
-    return model.eval()
+    return filled(model, 100 + seed, only_trained=True).eval()
 
 
 def batch_of(kind: str) -> dict[str, Tensor]:
@@ -120,13 +103,16 @@ def test_adapters_have_exact_gradients(kind: str, changes: dict[str, Any]) -> No
 
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 def test_magnitudes_of_dora(kind: str) -> None:
-    """They are read outside of their layers, which coverage says."""
+    """No rule knows them, and their modules are run again, which coverage says."""
     model = adapted(kind, use_dora=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         found, known, computer = compute(model, batch_of(kind), TASKS[kind])
     assert_exact(found, known)
-    assert any("magnitude" in name for name in computer.coverage.rungs)
+    rungs = computer.coverage.rungs
+    served = {rung for name, rung in rungs.items() if "magnitude" in name}
+    assert served == {Rung.MODULE}
+    assert sum("magnitude" in name for name in rungs) == 2 * len(QUERIES[kind])
 
 
 # -- what is attributed ------------------------------------------------------------------

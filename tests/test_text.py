@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests import reference
+from tests import problems, reference
 from tests.problems import draw, randomized
 from trak import TRAKer
 from trak.errors import BatchError, OptionError, StoreError
@@ -94,34 +94,17 @@ class Slow(Pieces):
         return super().__call__(*args, **options)
 
 
-class Reader(nn.Module):
-    """Predicts from the token, its position and the mean of those before it."""
+class Reader(problems.Reader):
+    """One that says what it takes, and generates."""
 
     def __init__(self, tokens: int = 60, positions: int = 16) -> None:
-        super().__init__()
+        super().__init__(tokens, positions)
         self.config = SimpleNamespace(
             max_position_embeddings=positions, is_encoder_decoder=False
         )
-        self.tokens = nn.Embedding(tokens, 4, dtype=torch.float64)
-        self.places = nn.Embedding(positions, 4, dtype=torch.float64)
-        self.head = nn.Linear(4, tokens, dtype=torch.float64)
-        for i, value in enumerate(self.parameters()):
-            value.data = draw(*value.shape, seed=i)
 
     def get_input_embeddings(self) -> nn.Embedding:
         return self.tokens
-
-    def read(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = self.tokens(ids) + self.places(torch.arange(ids.shape[1]))
-        if mask is not None:
-            hidden = hidden * mask[..., None]
-        counts = torch.arange(1, ids.shape[1] + 1)[:, None]
-        return torch.tanh(hidden + hidden.cumsum(1) / counts)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None
-    ) -> SimpleNamespace:
-        return SimpleNamespace(logits=self.head(self.read(input_ids, attention_mask)))
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor, **options: Any) -> Tensor:

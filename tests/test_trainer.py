@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.problems import randomized
 from trak import TRAKer
 from trak._collating import Collating, pad_together, seeded
 from trak._trainer import infer_task
@@ -621,6 +622,7 @@ def test_a_trainer(transformers: Any, tmp_path: Path, kind: str) -> None:
         config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)
         model = transformers.LlamaForCausalLM(config)
         collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    model.load_state_dict(randomized(model, 1))
 
     def columns(rows: list[dict[str, Any]]) -> Any:
         found = datasets.Dataset.from_list(rows)
@@ -688,6 +690,7 @@ def test_a_trainer_of_adapters(transformers: Any, tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     config = transformers.BertConfig(**SIZES, num_labels=3)
     base = transformers.BertForSequenceClassification(config)
+    base.load_state_dict(randomized(base, 1))
     lora = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
     model = peft.get_peft_model(base, lora)
     trainer = transformers.Trainer(

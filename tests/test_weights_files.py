@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import sys
 import zipfile
@@ -348,7 +347,7 @@ BROKEN = "is damaged, or no file of weights"
         (holding("a.pt", LFS), "pointer of Git LFS"),
         (holding("a.safetensors", LFS), "pointer of Git LFS"),
         (no_shard, "there is no such file beside it: of 2 parts"),
-        (foreign_shard, r"which does not hold it \(\d entries\)|does not hold"),
+        (foreign_shard, r"which does not hold it \(2 such entries\)"),
         (outside, "no such file beside it"),
         (no_index("{"), "is not an index of weights"),
         (no_index('{"weight_map": 3}'), "is not an index of weights"),
@@ -360,11 +359,11 @@ BROKEN = "is damaged, or no file of weights"
 def test_what_cannot_be_read(
     tmp_path: Path, write: Callable[[Path], Path], message: str
 ) -> None:
-    if "safetensors" in getattr(write, "__qualname__", ""):
-        pytest.importorskip("safetensors")
     folder = tmp_path / "in"
     folder.mkdir()
     path = write(folder)
+    if path.suffix == ".safetensors" and path.exists():
+        pytest.importorskip("safetensors")
     model = mlp()
     before = model[0].weight.clone()
     with pytest.raises(CheckpointFileError, match=message) as caught:
@@ -373,7 +372,6 @@ def test_what_cannot_be_read(
     torch.testing.assert_close(model[0].weight, before)
 
 
-@pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
 def test_a_file_that_may_not_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,12 +380,7 @@ def test_a_file_that_may_not_be_read(
 
     monkeypatch.setattr(torch, "load", refuse)
     with pytest.raises(CheckpointFileError, match="cannot be read: Permission denied"):
-        read_weights(as_torch_anyway(tmp_path))
-
-
-def as_torch_anyway(path: Path) -> Path:
-    torch.save(CHECKPOINT, path / "a.pt")
-    return path / "a.pt"
+        read_weights(as_torch(tmp_path))
 
 
 def test_an_entry_of_a_training_script(tmp_path: Path) -> None:
