@@ -232,8 +232,13 @@ class CausalLMModelOutput(TokenModelOutput):
 
     @staticmethod
     def _needed(model: Module, call: ModelCall) -> Int64[Tensor, " k"] | None:
-        labels = call.labels
-        if labels.ndim != 2 or "logits_to_keep" not in forward_parameters(model):
+        labels, inputs = call.labels, call.kwargs
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if not isinstance(tokens, Tensor) or labels.shape != tokens.shape[:2]:
+            return None  # only beside all logits is it seen whether labels fit
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            return None
+        if "logits_to_keep" not in forward_parameters(model):
             return None
         places = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         # Where none is labelled there is an error to come; one more is not worth it.
