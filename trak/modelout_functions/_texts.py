@@ -14,7 +14,6 @@ from trak.modelout_functions._calls import ModelCall
 _OTHER_TASKS = {"regression": "regression", "multi_label_classification": "multilabel"}
 _TOO_LONG = re.compile(r"must match|out of bounds")
 _NO_INTEGERS = re.compile(r"scalar types: Long, Int")
-_NO_SUCH_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def check_problem(model: Module) -> None:
@@ -73,15 +72,6 @@ def explain(error: Exception, model: Module, call: ModelCall) -> TrakError | Non
             f"The model has no such token or position ({text}); its inputs have shapes "
             f"{shapes}. Truncate texts to the longest that the model takes, and use the "
             f"model's own tokenizer."
-        )
-    if isinstance(error, TypeError):
-        match = _NO_SUCH_ARGUMENT.search(text)
-        if match is None or match[1] not in call.kwargs:
-            return None
-        return BatchError(
-            f"The model takes no {match[1]!r}, and the batch has {sorted(call.kwargs)}; "
-            f"leave it out of the batch (an encoder without segments takes (input_ids, "
-            f"attention_mask, label))."
         )
     if "padding token" in text:
         return TaskError(
