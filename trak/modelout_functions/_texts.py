@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, Module
 
 from trak.errors import BatchError, TaskError, TrakError
 from trak.modelout_functions._calls import ModelCall
@@ -98,16 +98,20 @@ def _of_widths(
             f"The texts of the batch have no tokens, shapes {shapes}; leave empty texts "
             f"out, or have the tokenizer add its special tokens."
         )
-    config = getattr(model, "config", None)
-    most = getattr(config, "max_position_embeddings", None)
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if not isinstance(most, int) or not _TOO_LONG.search(text):
         return None
-    # RoBERTa and its kind count positions from the padding token's number on.
-    first = 1 + (getattr(config, "pad_token_id", None) or 0)
-    if width + first <= most:
+    if width + _first_position(model, most) <= most:
         return None
     return BatchError(
         f"The texts of the batch are {width} tokens wide, which is more than the model's "
         f"{most} positions hold ({text}); truncate them, e.g. "
         f"tokenizer(..., truncation=True, max_length=...)."
     )
+
+
+def _first_position(model: Module, most: int) -> int:
+    """Find the position of a text's first token: of RoBERTa's kind, the one after padding."""
+    tables = [it for it in model.modules() if isinstance(it, Embedding)]
+    paddings = [it.padding_idx for it in tables if it.num_embeddings == most]
+    return max((1 + it for it in paddings if it is not None), default=0)
