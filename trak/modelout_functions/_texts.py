@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import Tensor
 from torch.nn import Embedding, Module
@@ -62,28 +61,38 @@ def explain(error: Exception, model: Module, call: ModelCall) -> TrakError | Non
     if isinstance(error, TrakError):
         return None
     text = str(error)
-    shapes = {
-        key: tuple(value.shape)
-        for key, value in call.kwargs.items()
-        if isinstance(value, Tensor)
-    }
     if isinstance(error, IndexError):
-        return BatchError(
-            f"The model has no such token or position ({text}); its inputs have shapes "
-            f"{shapes}. Truncate texts to the longest that the model takes, and use the "
-            f"model's own tokenizer."
-        )
+        return no_such_token(error, call)
     if "padding token" in text:
         return TaskError(
             f"The model classifies by the last token of each text, and does not know which "
             f"tokens are padding ({text}); set model.config.pad_token_id."
         )
-    return _of_widths(text, model, call, shapes)
+    return _of_widths(text, model, call)
 
 
-def _of_widths(
-    text: str, model: Module, call: ModelCall, shapes: dict[str, Any]
-) -> TrakError | None:
+def no_such_token(error: IndexError, call: ModelCall) -> BatchError:
+    """Say that a token or a position is none of the model's.
+
+    Returns:
+        The error to raise instead.
+    """
+    return BatchError(
+        f"The model has no such token or position ({error}); its inputs have shapes "
+        f"{_shapes(call)}. Truncate texts to the longest that the model takes, and use "
+        f"the model's own tokenizer."
+    )
+
+
+def _shapes(call: ModelCall) -> dict[str, tuple[int, ...]]:
+    return {
+        key: tuple(value.shape)
+        for key, value in call.kwargs.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _of_widths(text: str, model: Module, call: ModelCall) -> TrakError | None:
     tokens = call.kwargs.get("input_ids", call.kwargs.get("inputs_embeds"))
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return None
@@ -95,7 +104,7 @@ def _of_widths(
     width = tokens.shape[1]
     if width == 0:
         return BatchError(
-            f"The texts of the batch have no tokens, shapes {shapes}; leave empty texts "
+            f"The texts of the batch have no tokens, shapes {_shapes(call)}; leave empty texts "
             f"out, or have the tokenizer add its special tokens."
         )
     most = getattr(getattr(model, "config", None), "max_position_embeddings", None)

@@ -23,6 +23,7 @@ from trak.modelout_functions._calls import (
 from trak.modelout_functions._inputs import forward_parameters
 from trak.modelout_functions._margins import log_odds
 from trak.modelout_functions._padding import check_padding, padded_on_the_right
+from trak.modelout_functions._texts import no_such_token
 from trak.modelout_functions._token_labels import (
     IGNORED,
     check_labels,
@@ -321,16 +322,7 @@ def _run(
     try:
         return call_for_raw_logits(model, weights, buffers, call)
     except IndexError as error:
-        shapes = {
-            key: tuple(value.shape)
-            for key, value in call.kwargs.items()
-            if isinstance(value, Tensor)
-        }
-        raise BatchError(
-            f"The model has no such token or position ({error}); its inputs have "
-            f"shapes {shapes}. Truncate sequences to the longest that the model "
-            f"takes, and use the model's own tokenizer."
-        ) from error
+        raise no_such_token(error, call) from error
 
 
 def _by_sequence(
