@@ -577,6 +577,35 @@ def test_a_slow_tokenizer_may_say_texts_otherwise() -> None:
     assert select("span", answer, "tokyo").tokens() == [" toky", "o"]
 
 
+def test_checkpoints_are_fitted_to_generate_too(tmp_path: Path) -> None:
+    weights = checkpoints(Reader())[1]
+    known = attribute(tmp_path / "0", checkpoints=[weights]).explain("go")
+    wrapped = {f"module.{key}": value for key, value in weights.items()}
+    found = attribute(tmp_path / "1", checkpoints=[wrapped]).explain("go")
+    assert found.generation == known.generation
+    np.testing.assert_array_equal(found.train_scores, known.train_scores)
+
+
+def test_a_wrapped_model_is_given_no_mask_that_it_does_not_take(
+    tmp_path: Path,
+) -> None:
+    class Maskless(Reader):
+        def forward(self, input_ids: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(input_ids)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = Maskless()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+    known = attribute(tmp_path / "0", Maskless()).explain("go", " on")
+    found = attribute(tmp_path / "1", Wrapped()).explain("go", " on")
+    np.testing.assert_allclose(found.train_scores, known.train_scores, rtol=1e-5)
+
+
 # -- texts and batches ----------------------------------------------------------------
 
 
