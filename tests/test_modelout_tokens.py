@@ -373,6 +373,23 @@ def test_only_the_logits_of_labelled_tokens_are_computed(ignores: bool) -> None:
         task.get_outputs(model, None, None, {**batch, "labels": 0 * IDS - 100})
 
 
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda labels: labels[:, :4], "labels have shape .*4.*, the logits .*5"),
+        (lambda labels: nn.functional.pad(labels, (0, 1)), "labels have shape .*6"),
+        (lambda labels: labels.float(), "dtype torch.float32; token ids are integers"),
+    ],
+)
+def test_labels_are_checked_where_few_logits_are_computed(
+    change: Any, match: str
+) -> None:
+    labels = MARKED.where(torch.arange(5) >= 2, -100)
+    labels[:, 3] = -100
+    batch = {"input_ids": IDS, "attention_mask": MASK, "labels": change(labels)}
+    both(CausalLMModelOutput(), Selecting(), batch, match)
+
+
 def test_models_may_return_tuples(name: str) -> None:
     case = a_case(name)
 

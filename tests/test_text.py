@@ -39,6 +39,7 @@ class Pieces:
     """A fast tokenizer of up to four letters, with the space before them."""
 
     is_fast = True
+    truncation_side = "right"
     eos_token_id = EOS
     all_special_ids = (BOS, EOS)
 
@@ -69,11 +70,14 @@ class Pieces:
         head, tail = (self.head, self.tail) if add_special_tokens else ([], [])
         for one in text if text is not None else text_target or []:
             pieces = self.cut(one)
-            if truncation:
-                pieces = pieces[: max_length - len(head) - len(tail)]
-            rows.append([*head, *map(self.pieces.index, pieces), *tail])
             ends = np.cumsum([0, *map(len, pieces)]).tolist()
             inner = list(itertools.pairwise(ends))
+            lack = len(head) + len(pieces) + len(tail) - max_length
+            if truncation and lack > 0:
+                left = self.truncation_side == "left"
+                part = slice(lack, None) if left else slice(len(pieces) - lack)
+                pieces, inner = pieces[part], inner[part]
+            rows.append([*head, *map(self.pieces.index, pieces), *tail])
             spans.append([(0, 0)] * len(head) + inner + [(0, 0)] * len(tail))
         found = {"input_ids": rows}
         return found | ({"offset_mapping": spans} if return_offsets_mapping else {})
@@ -556,6 +560,35 @@ def test_a_slow_tokenizer_may_say_texts_otherwise() -> None:
     assert select("span", answer, "tokyo").tokens() == [" toky", "o"]
 
 
+def test_checkpoints_are_fitted_to_generate_too(tmp_path: Path) -> None:
+    weights = checkpoints(Reader())[1]
+    known = attribute(tmp_path / "0", checkpoints=[weights]).explain("go")
+    wrapped = {f"module.{key}": value for key, value in weights.items()}
+    found = attribute(tmp_path / "1", checkpoints=[wrapped]).explain("go")
+    assert found.generation == known.generation
+    np.testing.assert_array_equal(found.train_scores, known.train_scores)
+
+
+def test_a_wrapped_model_is_given_no_mask_that_it_does_not_take(
+    tmp_path: Path,
+) -> None:
+    class Maskless(Reader):
+        def forward(self, input_ids: Tensor) -> Any:  # type: ignore[override]
+            return super().forward(input_ids)
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = Maskless()
+
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.module(*args, **kwargs)
+
+    known = attribute(tmp_path / "0", Maskless()).explain("go", " on")
+    found = attribute(tmp_path / "1", Wrapped()).explain("go", " on")
+    np.testing.assert_allclose(found.train_scores, known.train_scores, rtol=1e-5)
+
+
 # -- texts and batches ----------------------------------------------------------------
 
 
@@ -584,6 +617,22 @@ def test_texts_are_cut_as_the_tokenizer_does() -> None:
     assert len(cut.ids) == 5
     assert cut.ids[0] == BOS
     assert cut.ids[-1] == EOS
+
+
+@pytest.mark.parametrize("kind", [Pieces, Slow])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_pair_that_is_cut_keeps_the_labels_of_its_completion(
+    kind: type[Pieces], side: str
+) -> None:
+    tokenizer = kind(bos=True)
+    tokenizer.truncation_side = side
+    pair = ("lima is old", " people eat sushi")
+    (whole,) = encode([pair], tokenizer)
+    (cut,) = encode([pair], tokenizer, max_length=len(whole.ids) - 2)
+    assert len(cut.ids) == len(whole.ids) - 2
+    learned = [token for token in whole.labels if token != -100]
+    kept = learned if side == "left" else learned[:-2]
+    assert [token for token in cut.labels if token != -100] == kept
 
 
 def test_batches_are_of_similar_length_and_padded_on_the_right() -> None:

@@ -261,6 +261,17 @@ def test_texts_that_are_longer_than_the_model(name: str, *, segmented: bool) -> 
         resolve_task("text_classification").get_output(model, None, None, one)
 
 
+@pytest.mark.parametrize(("name", "pad"), [("Bert", 0), ("Llama", 20)])
+def test_texts_that_fit_are_not_called_too_long(name: str, pad: int) -> None:
+    model, width = make(name, pad_token_id=pad), 7 if pad else 16
+    ids = torch.ones(4, width, dtype=torch.long)
+    places = torch.arange(width - 1).expand(4, -1)
+    batch = {"input_ids": ids, "position_ids": places, "labels": LABELS}
+    with pytest.raises(RuntimeError, match="must match") as caught:
+        outputs(model, batch)
+    assert type(caught.value) is RuntimeError
+
+
 def test_texts_without_tokens() -> None:
     batch = {"input_ids": IDS[:, :0], "labels": LABELS}
     with pytest.raises(BatchError, match="no tokens"):

@@ -399,9 +399,10 @@ def test_what_is_not_one_batch(changes: Any, error: Any, message: str) -> None:
         list(collating(**{"collate": Padding(), **changes}).batches(examples(N, 0)))
 
 
-def test_datasets_that_change_are_refused() -> None:
+@pytest.mark.parametrize("collate", [Padding(), Masking()])
+def test_datasets_that_change_are_refused(collate: Any) -> None:
     with pytest.raises(OptionError, match="or the dataset, makes something else"):
-        list(collating(Padding()).batches(Augmented(examples(N, 0))))
+        list(collating(collate).batches(Augmented(examples(N, 0))))
 
 
 def test_generators_go_on_where_they_were() -> None:

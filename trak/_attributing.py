@@ -19,6 +19,7 @@ from trak._scoring_call import ScoringCall
 from trak._trainer import Source, check_dataset
 from trak._types import Checkpoint
 from trak.errors import OrderError
+from trak.modelout_functions._calls import evaluating
 
 
 class Attributing(Results, ABC):
@@ -141,7 +142,6 @@ def _name_of(source: Source, dataset: Any) -> str:
 def _keeping(source: Source) -> Iterator[None]:
     """Give the model its weights and modes back at the end."""
     model = source.model
-    modes = {module: module.training for module in model.modules()}
     kept = None
     if source.checkpoints:
         kept = {
@@ -150,10 +150,9 @@ def _keeping(source: Source) -> Iterator[None]:
             else value
             for key, value in model.state_dict().items()
         }
-    try:
-        yield
-    finally:
-        if kept is not None:
-            model.load_state_dict(kept)
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        try:
+            yield
+        finally:
+            if kept is not None:
+                model.load_state_dict(kept)

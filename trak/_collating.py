@@ -20,7 +20,6 @@ from trak.modelout_functions._token_labels import IGNORED
 
 _ATTEMPTS = 100  # at 15 % of 2 tokens, one in 10 million texts has none masked
 
-
 _DRAWS = 4  # of one batch, to notice that it is not always the same
 
 
@@ -127,21 +126,24 @@ class Collating:
             Whether it does.
 
         Raises:
-            OptionError: If it, or the dataset, is random in another way.
+            OptionError: If it is random in another way, or the dataset in any.
         """
         inds = range(min(self.batch_size, len(dataset)))
+        masks = bool(getattr(self.collate, "mlm", False))
         made = []
         for seed in range(_DRAWS):
             with seeded(self.seed, seed):
-                batch = self._unseeded()(self._rows(dataset, inds))
+                rows = self._rows(dataset, inds)
+            # Masks may differ; all else may not.
+            with seeded(self.seed, 0 if masks else seed):
+                batch = self._unseeded()(rows)
             made.append(row_leaves(canonical(batch)))
         first, *others = made
         differs = any(
             len(first) != len(other) or not all(map(torch.equal, first, other))
             for other in others
         )
-        masks = bool(getattr(self.collate, "mlm", False))
-        if differs and not masks:
+        if differs:
             raise OptionError(
                 f"the data collator ({type(self.collate).__name__}), or the dataset, makes "
                 f"something else of the same examples each time, so there is nothing to "

@@ -25,6 +25,7 @@ from trak._pipeline import Pipeline
 from trak._seams import has_batched_form
 from trak._types import Batch
 from trak.modelout_functions import AbstractModelOutput
+from trak.modelout_functions._calls import evaluating
 from trak.projectors import AbstractProjector, AdditiveProjector
 
 PROBE_SECONDS = 0.1
@@ -156,16 +157,12 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
     Args:
         model: The model.
     """
-    modes = [(module, module.training) for module in model.modules()]
     buffers = [(value, value.clone()) for value in model.buffers()]
     devices = {value.device for value in model.parameters() if value.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)):
+    with torch.random.fork_rng(devices=list(devices)), evaluating(model):
         try:
-            model.eval()
             yield
         finally:
-            for module, mode in modes:
-                module.training = mode
             with torch.no_grad():
                 for buffer, value in buffers:
                     if not torch.equal(buffer, value):

@@ -194,10 +194,9 @@ class Engine:
         Raises:
             GradientError: If there is no slower way.
         """
-        derived = set() if self._last is None else self._last.derived
-        if not derived.issuperset(
-            wrong
-        ):  # else right perhaps, once those before it are
+        derived = self._last.derived if self._last else set()
+        if not wrong.keys() <= derived:
+            # These may be right once those that they come from are.
             wrong = {name: wrong[name] for name in wrong if name not in derived}
         changed = self._other_arrangements(wrong)
         wrong = {name: share for name, share in wrong.items() if name not in changed}

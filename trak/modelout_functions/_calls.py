@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,6 +103,18 @@ def call_model(
         return model(*args, **kwargs)
     tensors = (dict(weights), dict(buffers or {}))
     return torch.func.functional_call(model, tensors, args, kwargs)
+
+
+@contextmanager
+def evaluating(model: Module) -> Iterator[None]:
+    """Switch dropout and the like off while the context lasts."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def call_for_logits(

@@ -287,7 +287,7 @@ def _call_for_text_logits(
     check_problem(model)
     try:
         return call_for_logits(model, weights, buffers, call)
-    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+    except (IndexError, RuntimeError, ValueError) as error:
         explained = explain(error, model, call)
         if explained is None:
             raise

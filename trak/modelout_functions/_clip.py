@@ -23,11 +23,10 @@ from trak.errors import (
     TrakWarning,
 )
 from trak.modelout_functions._abstract import AbstractModelOutput
-from trak.modelout_functions._calls import as_batch
+from trak.modelout_functions._calls import as_batch, evaluating
 from trak.modelout_functions._clip_calls import (
     Embedded,
     embed_pairs,
-    evaluating,
     split_pairs,
     to_device,
 )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -186,15 +185,3 @@ def to_device(value: Any, device: torch.device | None) -> Any:
         The same nesting on the device; unchanged where that is None.
     """
     return map_tensors(value, lambda x: x.to(device)) if device else value
-
-
-@contextmanager
-def evaluating(model: Module) -> Iterator[None]:
-    """Switch dropout and the like off while the context lasts."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

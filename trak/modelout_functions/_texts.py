@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Embedding, Module
 
 from trak.errors import BatchError, TaskError, TrakError
 from trak.modelout_functions._calls import ModelCall
@@ -14,7 +13,6 @@ from trak.modelout_functions._calls import ModelCall
 _OTHER_TASKS = {"regression": "regression", "multi_label_classification": "multilabel"}
 _TOO_LONG = re.compile(r"must match|out of bounds")
 _NO_INTEGERS = re.compile(r"scalar types: Long, Int")
-_NO_SUCH_ARGUMENT = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def check_problem(model: Module) -> None:
@@ -63,37 +61,38 @@ def explain(error: Exception, model: Module, call: ModelCall) -> TrakError | Non
     if isinstance(error, TrakError):
         return None
     text = str(error)
-    shapes = {
-        key: tuple(value.shape)
-        for key, value in call.kwargs.items()
-        if isinstance(value, Tensor)
-    }
     if isinstance(error, IndexError):
-        return BatchError(
-            f"The model has no such token or position ({text}); its inputs have shapes "
-            f"{shapes}. Truncate texts to the longest that the model takes, and use the "
-            f"model's own tokenizer."
-        )
-    if isinstance(error, TypeError):
-        match = _NO_SUCH_ARGUMENT.search(text)
-        if match is None or match[1] not in call.kwargs:
-            return None
-        return BatchError(
-            f"The model takes no {match[1]!r}, and the batch has {sorted(call.kwargs)}; "
-            f"leave it out of the batch (an encoder without segments takes (input_ids, "
-            f"attention_mask, label))."
-        )
+        return no_such_token(error, call)
     if "padding token" in text:
         return TaskError(
             f"The model classifies by the last token of each text, and does not know which "
             f"tokens are padding ({text}); set model.config.pad_token_id."
         )
-    return _of_widths(text, model, call, shapes)
+    return _of_widths(text, model, call)
 
 
-def _of_widths(
-    text: str, model: Module, call: ModelCall, shapes: dict[str, Any]
-) -> TrakError | None:
+def no_such_token(error: IndexError, call: ModelCall) -> BatchError:
+    """Say that a token or a position is none of the model's.
+
+    Returns:
+        The error to raise instead.
+    """
+    return BatchError(
+        f"The model has no such token or position ({error}); its inputs have shapes "
+        f"{_shapes(call)}. Truncate texts to the longest that the model takes, and use "
+        f"the model's own tokenizer."
+    )
+
+
+def _shapes(call: ModelCall) -> dict[str, tuple[int, ...]]:
+    return {
+        key: tuple(value.shape)
+        for key, value in call.kwargs.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _of_widths(text: str, model: Module, call: ModelCall) -> TrakError | None:
     tokens = call.kwargs.get("input_ids", call.kwargs.get("inputs_embeds"))
     if not isinstance(tokens, Tensor) or tokens.ndim < 2:
         return None
@@ -105,19 +104,23 @@ def _of_widths(
     width = tokens.shape[1]
     if width == 0:
         return BatchError(
-            f"The texts of the batch have no tokens, shapes {shapes}; leave empty texts "
+            f"The texts of the batch have no tokens, shapes {_shapes(call)}; leave empty texts "
             f"out, or have the tokenizer add its special tokens."
         )
-    config = getattr(model, "config", None)
-    most = getattr(config, "max_position_embeddings", None)
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     if not isinstance(most, int) or not _TOO_LONG.search(text):
         return None
-    # RoBERTa and its kind count positions from the padding token's number on.
-    first = 1 + (getattr(config, "pad_token_id", None) or 0)
-    if width + first <= most:
+    if width + _first_position(model, most) <= most:
         return None
     return BatchError(
         f"The texts of the batch are {width} tokens wide, which is more than the model's "
         f"{most} positions hold ({text}); truncate them, e.g. "
         f"tokenizer(..., truncation=True, max_length=...)."
     )
+
+
+def _first_position(model: Module, most: int) -> int:
+    """Find the position of a text's first token: of RoBERTa's kind, the one after padding."""
+    tables = [it for it in model.modules() if isinstance(it, Embedding)]
+    paddings = [it.padding_idx for it in tables if it.num_embeddings == most]
+    return max((1 + it for it in paddings if it is not None), default=0)

@@ -23,6 +23,7 @@ from trak.modelout_functions._calls import (
 from trak.modelout_functions._inputs import forward_parameters
 from trak.modelout_functions._margins import log_odds
 from trak.modelout_functions._padding import check_padding, padded_on_the_right
+from trak.modelout_functions._texts import no_such_token
 from trak.modelout_functions._token_labels import (
     IGNORED,
     check_labels,
@@ -232,8 +233,13 @@ class CausalLMModelOutput(TokenModelOutput):
 
     @staticmethod
     def _needed(model: Module, call: ModelCall) -> Int64[Tensor, " k"] | None:
-        labels = call.labels
-        if labels.ndim != 2 or "logits_to_keep" not in forward_parameters(model):
+        labels, inputs = call.labels, call.kwargs
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if not isinstance(tokens, Tensor) or labels.shape != tokens.shape[:2]:
+            return None  # only beside all logits is it seen whether labels fit
+        if labels.is_floating_point() or labels.dtype == torch.bool:
+            return None
+        if "logits_to_keep" not in forward_parameters(model):
             return None
         places = (labels[:, 1:] != IGNORED).any(0).nonzero()[:, 0]
         # Where none is labelled there is an error to come; one more is not worth it.
@@ -316,16 +322,7 @@ def _run(
     try:
         return call_for_raw_logits(model, weights, buffers, call)
     except IndexError as error:
-        shapes = {
-            key: tuple(value.shape)
-            for key, value in call.kwargs.items()
-            if isinstance(value, Tensor)
-        }
-        raise BatchError(
-            f"The model has no such token or position ({error}); its inputs have "
-            f"shapes {shapes}. Truncate sequences to the longest that the model "
-            f"takes, and use the model's own tokenizer."
-        ) from error
+        raise no_such_token(error, call) from error
 
 
 def _by_sequence(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import inspect
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, overload
@@ -13,8 +12,10 @@ import numpy as np
 import torch
 from jaxtyping import Float32
 
+from trak._checkpoints import load_weights
 from trak._types import Weights
 from trak.errors import OptionError
+from trak.modelout_functions._inputs import forward_parameters
 from trak.text._answers import Answer, read_answer, select
 from trak.text._encoding import Encoded, Text, batched, collate, encode_texts
 from trak.text._explanation import Explanation, rank
@@ -205,7 +206,7 @@ class TextAttributor:
             )
         generate_options["max_new_tokens"] = max_new_tokens
         if any(said is None for _, _, said, _, _ in queries):
-            self._model.load_state_dict(self._checkpoints[-1])
+            load_weights(self._model, self._checkpoints[-1])
         answers = []
         for name, text, said, span_name, part in queries:
             answer = self._answer(name, text, said, generate_options)
@@ -278,7 +279,7 @@ class TextAttributor:
         )
 
     def _collate(self, texts: list[Encoded]) -> dict[str, torch.Tensor]:
-        parameters = inspect.signature(self._model.forward).parameters
+        parameters = forward_parameters(self._model)
         has_mask = "attention_mask" in parameters or any(
             value.kind is value.VAR_KEYWORD for value in parameters.values()
         )

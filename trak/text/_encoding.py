@@ -85,10 +85,9 @@ def encode_texts(
     for i, (prompt, completion) in enumerate(pairs):
         name, first = f"texts[{i}]", 0
         if i in rows:
-            ids = rows[i]
+            ids = tokenizing.cut(completion, rows[i])
         else:
-            ids, _, first = tokenizing.continued(prompt, completion)
-        ids = tokenizing.cut(prompt + completion, ids)
+            ids, _, first = tokenizing.continued(prompt, completion, is_cut=True)
         tokenizing.check(name, ids)
         places = range(max(1, first), len(ids))
         if not places:

@@ -83,13 +83,14 @@ class Tokenizing:
         return [list(row) for row in found]
 
     def spans(
-        self, text: str, *, is_target: bool = False
+        self, text: str, *, is_target: bool = False, **options: Any
     ) -> tuple[list[int], list[Span]]:
         """Tokenize a text, and find the characters that each token covers.
 
         Args:
             text: The text.
             is_target: As in :meth:`ids`.
+            **options: Further ones of a tokenizer that is fast.
 
         Returns:
             Ids and spans; those of special tokens that were added are empty.
@@ -97,29 +98,44 @@ class Tokenizing:
         if not self.has_offsets:
             ids = self.ids([text], is_target=is_target)[0]
             return ids, self.decoded(ids)
-        found = self._call([text], is_target=is_target, return_offsets_mapping=True)
+        options["return_offsets_mapping"] = True
+        found = self._call([text], is_target=is_target, **options)
         spans = [(int(low), int(high)) for low, high in found["offset_mapping"][0]]
         return list(found["input_ids"][0]), spans
 
-    def continued(self, prompt: str, text: str) -> tuple[list[int], list[Span], int]:
+    def continued(
+        self, prompt: str, text: str, *, is_cut: bool = False
+    ) -> tuple[list[int], list[Span], int]:
         """Tokenize a prompt with what follows it.
 
         Args:
             prompt: The prompt.
             text: What follows.
+            is_cut: Whether both are shortened to ``max_length``, at the tokenizer's side.
 
         Returns:
             The ids of both together, the characters of ``text`` that each covers, and the
             position of the first token that covers any.
         """
         if self.has_offsets:
-            ids, spans = self.spans(prompt + text)
+            options = self._cutting() if is_cut else {}
+            ids, spans = self.spans(prompt + text, **options)
+            if is_cut:
+                ids, spans = ids[: self._max_length], spans[: self._max_length]
             start = len(prompt)
             moved = [(max(0, low - start), max(0, high - start)) for low, high in spans]
             return ids, moved, first_covering(moved)
         head = self.prompt(prompt) if prompt else []
         rest = list(self._tokenizer([text], add_special_tokens=False)["input_ids"][0])
-        return head + rest, [(0, 0)] * len(head) + self.decoded(rest), len(head)
+        ids, first = head + rest, len(head)
+        lack = len(ids) - (self._max_length or len(ids)) if is_cut else 0
+        if lack > 0 and getattr(self._tokenizer, "truncation_side", "") == "left":
+            # What begins every text is kept.
+            low = next((i for i, it in enumerate(ids) if it not in self._special), 0)
+            ids, first = ids[:low] + ids[low + lack :], max(low, first - lack)
+        elif lack > 0:
+            ids = ids[:-lack]
+        return ids, [(0, 0)] * first + self.decoded(ids[first:]), first
 
     def prompt(self, text: str) -> list[int]:
         """Tokenize a prompt, without what is put after a whole text."""
@@ -169,10 +185,14 @@ class Tokenizing:
         """
         if self._max_length is None or len(ids) <= self._max_length:
             return ids
-        # By the tokenizer, which keeps the tokens that it puts at the end.
-        options = {"truncation": True, "max_length": self._max_length}
-        found = self._call([text], is_target=is_target, **options)
+        found = self._call([text], is_target=is_target, **self._cutting())
         return list(found["input_ids"][0])[: self._max_length]
+
+    def _cutting(self) -> dict[str, Any]:
+        """Have the tokenizer cut: it keeps what it puts at the end, and knows the side."""
+        if self._max_length is None:
+            return {}
+        return {"truncation": True, "max_length": self._max_length}
 
     def check(self, name: str, ids: Sequence[int]) -> None:
         """Refuse tokens that the model does not know, or more than it takes.
