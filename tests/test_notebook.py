@@ -8,7 +8,6 @@ import pickle
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -52,9 +51,7 @@ def assert_complete(cells: dict[str, dict[str, Any]]) -> None:
 def test_the_committed_notebook_was_run_from_top_to_bottom():
     assert_complete(code_cells())
     assert NOTEBOOK.stat().st_size < 300_000
-    text = NOTEBOOK.read_text(encoding="utf-8")
-    folders = {str(ROOT), str(Path.home()), tempfile.gettempdir()}
-    assert not any(folder in text for folder in folders)
+    assert str(ROOT) not in NOTEBOOK.read_text(encoding="utf-8")
     # Nor a folder of another machine: an absolute path follows a blank or a quote.
     shown = [
         line

@@ -741,6 +741,7 @@ def test_a_source_is_needed(tmp_path: Path) -> None:
         ),
         ({"prompt": "", "generation": "lima"}, "has no token that the model predicts"),
         ({"prompt": ""}, "prompt has no tokens"),
+        ({"prompt": "lima", "num_beams": 2}, "num_beams cannot be chosen"),
         ({"prompt": "go" + 15 * " on"}, "there is no room for an answer"),
         ({"prompt": "go" + 16 * " on"}, "prompt has 17 tokens"),
         (

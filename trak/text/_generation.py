@@ -32,12 +32,18 @@ def generate(
         The new tokens, up to the one that ends a text.
 
     Raises:
-        OptionError: If the model cannot generate, there is no prompt, no room for an
-            answer, or the answer is empty.
+        OptionError: If the model cannot generate, an option would make it choose other
+            tokens, there is no prompt, no room for an answer, or the answer is empty.
     """
     if not callable(getattr(model, "generate", None)):
         raise OptionError(
             f"{type(model).__name__} has no generate(); pass generation, what it said."
+        )
+    fixed = sorted({"do_sample", "num_beams", "input_ids"} & set(options))
+    if fixed:
+        raise OptionError(
+            f"{', '.join(fixed)} cannot be chosen: the likeliest token is taken each time. "
+            f"Pass generation, what the model said, to explain an answer made otherwise."
         )
     if not prompt:
         raise OptionError(f"{name} has no tokens, so there is nothing to go on with.")
