@@ -1,7 +1,7 @@
 """Which pairs taught a CLIP to match this drawing with these words? Retrieval and removal.
 
 Run ``python benchmarks/clip.py``; it fetches four npm packages once, or takes what
-``examples/_emoji.py`` built by ``--data``. Half an hour on one core; what is done is kept in
+``examples/_emoji.py`` built by ``--data``. Six minutes on one core; what is done is kept in
 ``--out``, and not done again.
 """
 

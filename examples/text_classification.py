@@ -4,7 +4,7 @@
 ``pip install -c constraints.txt '.[text]'`` what runs it. The sentences are 10,605 from film reviews, each rated by 20 people, which come in the
 source archive of vaderSentiment (MIT); pip fetches it into ``./text_results`` on the first
 run. ``--data FILE`` takes that archive from elsewhere, or any file of lines ``LABEL text``
-with labels 0 and 1. About three minutes on two cores.
+with labels 0 and 1. About two minutes on two cores.
 """
 
 from __future__ import annotations
