@@ -272,6 +272,28 @@ def test_texts_that_fit_are_not_called_too_long(name: str, pad: int) -> None:
     assert type(caught.value) is RuntimeError
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_without_a_mask(name: str) -> None:
+    """Is read as text, unless no token sees those after it."""
+    model, match = make(name), "begins or ends with the model's padding, token 0"
+    model.config.pad_token_id = 0
+    bare = {"input_ids": IDS, "labels": LABELS}
+    if name in {"GPT2", "Llama"}:
+        torch.testing.assert_close(outputs(model, bare), outputs(model, batch_of(name)))
+        bare["input_ids"] = IDS.roll(5, 1)
+    with pytest.raises(BatchError, match=match):
+        outputs(model, bare)
+    whole = {"input_ids": IDS[:1, :3], "labels": LABELS[:1]}  # no padding, no need
+    assert outputs(model, whole).shape == (1,)
+
+
+@pytest.mark.parametrize("width", [1, 6])
+def test_a_mask_of_other_texts(width: int) -> None:
+    batch = {**batch_of("Bert"), "attention_mask": MASK[:, :width]}
+    with pytest.raises(BatchError, match=rf"has shape \(4, {width}\) .* \(4, 7\)"):
+        outputs(make("Bert"), batch)
+
+
 def test_texts_without_tokens() -> None:
     batch = {"input_ids": IDS[:, :0], "labels": LABELS}
     with pytest.raises(BatchError, match="no tokens"):

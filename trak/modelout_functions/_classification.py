@@ -231,7 +231,7 @@ class TextClassificationModelOutput(_SoftmaxModelOutput):
         buffers: Weights | None,
         call: ModelCall,
     ) -> Float[Tensor, "b k"]:
-        check_texts(call)
+        check_texts(model, call)
         logits = _call_for_text_logits(model, weights, buffers, call)
         return _checked(logits, call)
 

@@ -9,6 +9,7 @@ from torch.nn import Embedding, Module
 
 from trak.errors import BatchError, TaskError, TrakError
 from trak.modelout_functions._calls import ModelCall
+from trak.modelout_functions._padding import check_padding
 
 _OTHER_TASKS = {"regression": "regression", "multi_label_classification": "multilabel"}
 _TOO_LONG = re.compile(r"must match|out of bounds")
@@ -30,13 +31,21 @@ def check_problem(model: Module) -> None:
         )
 
 
-def check_texts(call: ModelCall) -> None:
-    """Refuse a text of which nothing may be looked at; the model would read padding.
+def check_texts(model: Module, call: ModelCall) -> None:
+    """Refuse texts of which the model would read padding, or nothing.
+
+    Args:
+        model: The model.
+        call: What it is given.
 
     Raises:
-        BatchError: If there is one, with its place in the batch.
+        BatchError: If nothing of a text may be looked at, with its place in the batch; if
+            the mask is not as wide as the texts; or if there is padding and no mask.
     """
     mask = call.kwargs.get("attention_mask")
+    if mask is None:
+        is_causal = _reads_forwards(model)
+        check_padding(model, call.kwargs, sides="left" if is_causal else "both")
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         return
     empty = ~(mask != 0).any(1)
@@ -45,6 +54,18 @@ def check_texts(call: ModelCall) -> None:
             f"Text {int(empty.nonzero()[0])} of the batch is empty: its attention_mask is "
             f"0 everywhere; leave it out, or have the tokenizer add its special tokens."
         )
+    ids = call.kwargs.get("input_ids")
+    if isinstance(ids, Tensor) and ids.ndim == 2 and ids.shape != mask.shape:
+        raise BatchError(
+            f"The attention_mask has shape {tuple(mask.shape)} and the input_ids "
+            f"{tuple(ids.shape)}; pass both as the tokenizer returns them."
+        )
+
+
+def _reads_forwards(model: Module) -> bool:
+    """Tell whether no token sees a later one, so that padding on the right is not read."""
+    known = [m.is_causal for m in model.modules() if hasattr(m, "is_causal")]
+    return bool(known) and all(known)
 
 
 def explain(error: Exception, model: Module, call: ModelCall) -> TrakError | None:
