@@ -5,8 +5,11 @@ Each is made with its default attention, in whatever type is the default of its 
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
+import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -265,13 +268,23 @@ def _config_of(kind: str) -> str:
 
 
 def define_operators() -> None:
-    """Let a torchvision that was built for CUDA be imported beside a torch without."""
-    schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    found = importlib.util.find_spec("torchvision") is not None
-    known = hasattr(torch.ops.torchvision, "nms")
-    if found and not known and torch.version.cuda is None:
+    """Let a torchvision that was built for CUDA be imported beside a torch without.
+
+    It lacks operators that no model here needs. One that belongs to this torch has them,
+    and could not be imported once others have defined them.
+    """
+    if torch.version.cuda or not importlib.util.find_spec("torchvision"):
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in [it for it in sys.modules if it.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
         for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", schema)
+            box = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", box)
 
 
 def open_clip_model(options: dict[str, Any]) -> nn.Module:

@@ -18,20 +18,11 @@ ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "examples" / "imagenet.py"
 PYTHONPATH = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 
-# A torchvision for CUDA beside a torch for the CPU lacks operators that no model here
-# needs; and the number of threads does not matter to images of 32 pixels.
+# The number of threads does not matter to images of 32 pixels.
 SHIM = """
 import runpy, sys, torch
-if torch.version.cuda is None:
-    box = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    try:
-        import torchvision
-    except RuntimeError:
-        for name in list(sys.modules):
-            if name.startswith("torchvision"):
-                del sys.modules[name]
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", box)
+from benchmarks.architectures_models import define_operators
+define_operators()
 torch.set_num_threads(1)
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -81,6 +72,7 @@ def world(tmp_path_factory):
     done = subprocess.run(
         [sys.executable, "-c", SHIM, str(folder / "make.py")],
         cwd=folder,
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         check=False,

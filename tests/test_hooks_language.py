@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +81,35 @@ def test_models(it: Architecture) -> None:
         torch.testing.assert_close(found, known, rtol=100 * close, atol=close * scale)
         slow = {Rung.VMAP, Rung.LOOP} & set(computer.coverage.rungs.values())
         assert bool(slow) == (not it.is_batched())
+
+
+OPERATORS = "[torch.library.define(f'torchvision::{it}', '() -> ()') for it in names]"
+PRESENT = "assert all(hasattr(torch.ops.torchvision, it) for it in names)"
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built for CUDA")
+@pytest.mark.parametrize(
+    "content",
+    [OPERATORS, "if not hasattr(torch.ops.torchvision, 'nms'): raise RuntimeError"],
+    ids=["its own", "for another torch"],
+)
+def test_a_torchvision_of_either_kind_is_imported(tmp_path: Path, content: str) -> None:
+    package = tmp_path / "torchvision"
+    package.mkdir()
+    head = "import torch; names = ('nms', 'qnms')"
+    (package / "__init__.py").write_text(f"{head}\n{content}\n{PRESENT}\n")
+    code = "from benchmarks import architectures_models; "
+    code += "architectures_models.define_operators(); import torchvision"
+    path = os.pathsep.join([str(tmp_path), *filter(None, sys.path)])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_padding_of_a_source_is_not_cut_off_the_target() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import warnings
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.architectures_models import define_operators
 from tests.problems import draw
 from trak import TRAKer
 from trak.errors import TaskError
@@ -20,15 +20,7 @@ from trak.gradient_computers import HookGradientComputer
 from trak.modelout_functions import CLIPModelOutput
 from trak.projectors import NoOpProjector
 
-if torch.version.cuda is None and importlib.util.find_spec("torchvision"):
-    # A torchvision that is built for CUDA does not import beside a CPU torch: operators
-    # are missing that nothing here calls. (transformers imports it where it is there.)
-    with contextlib.suppress(RuntimeError):  # it is built for this torch, and has them
-        for _name in ("nms", "qnms"):
-            torch.library.define(
-                f"torchvision::{_name}",
-                "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-            )
+define_operators()  # transformers imports torchvision where there is one
 
 EOS, VOCABULARY, LENGTH = 49, 50, 7
 
