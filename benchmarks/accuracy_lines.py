@@ -155,7 +155,7 @@ def variants(setting: Setting) -> Lines:
         if epoch in chosen:
             late.append({k: v.clone() for k, v in model.state_dict().items()})
 
-    own, data = np.flatnonzero(setting.halves[0]), truth.split.train
+    own, data = np.flatnonzero(setting.halves[0]), truth.material
     train(truth.build, truth.loss, data, own, 0, truth.recipe, keep)
 
     def gradients(state: dict[str, torch.Tensor]) -> tuple:
@@ -316,7 +316,7 @@ def _trained_again(setting: Setting, run: int, most: int) -> tuple[list, list[fl
             states.append({k: v.clone() for k, v in model.state_dict().items()})
 
     indices = np.flatnonzero(setting.halves[run])
-    data = truth.split.train
+    data = truth.material
     train(truth.build, truth.loss, data, indices, run, truth.recipe, keep)
     middle = [(epoch + 0.5) / epochs for epoch in sorted(chosen)]
     return states, [truth.recipe.rate * min(x / 0.2, (1 - x) / 0.8) for x in middle]

@@ -211,10 +211,14 @@ Gradients = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor, np.ndarray]]
 def dropped(checkpoint: dict[str, Tensor], copy: int) -> dict[str, Tensor]:
     """Set some of the weights to 0, as a mask of dropout would."""
     generator = torch.Generator().manual_seed(copy)
-    found = {}
+    found: dict[str, Tensor] = {}
+    tied: dict[int, Tensor] = {}
     for name, value in checkpoint.items():
-        keep = torch.rand(value.shape, generator=generator) >= DROPPED
-        found[name] = value * keep if value.is_floating_point() else value
+        if value.data_ptr() not in tied:
+            keep = torch.rand(value.shape, generator=generator) >= DROPPED
+            dropped = value * keep if value.is_floating_point() else value
+            tied[value.data_ptr()] = dropped
+        found[name] = tied[value.data_ptr()]
     return found
 
 

@@ -209,6 +209,15 @@ def test_white_rows_are_white(accuracy):
     torch.testing.assert_close(bias.mean(0), moments / (moments + moments.mean()))
 
 
+def test_tied_weights_stay_tied_where_some_are_dropped(accuracy):
+    tied, own = torch.ones(40, 50), torch.ones(40, 50)
+    found = accuracy.variants.dropped({"in": tied, "own": own, "out": tied}, 1)
+    assert torch.equal(found["in"], found["out"])
+    assert not torch.equal(found["in"], found["own"])
+    share = accuracy.variants.DROPPED
+    assert (found["own"] == 0).float().mean() == pytest.approx(share, abs=0.02)
+
+
 def test_late_epochs_end_with_the_last(accuracy):
     for epochs in (3, 12, 20, 60):
         found = accuracy.variants.late_epochs(epochs)
