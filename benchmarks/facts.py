@@ -18,14 +18,14 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from facts_setting import KINDS, FactModel, open_model
+from facts_setting import KINDS, FactModel
 from speed import proc_field, revision
 from torch import nn
 
@@ -46,9 +46,6 @@ EPOCHS_KEPT = 5
 REMOVED = 10
 """Texts that are removed for each fact."""
 
-GROUP = 8
-"""Facts whose texts are removed together: a retraining answers for all of them."""
-
 PARTS = ("models", "retrieval", "counterfactual")
 
 KNOWN = 0.8
@@ -58,11 +55,11 @@ KNOWN = 0.8
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path())
-    parser.add_argument("--models", default=",".join(KINDS))
+    parser.add_argument("--models", default="llama,t5", help=",".join(KINDS))
     parser.add_argument("--work", type=Path, default=HERE / "results" / "facts")
-    parser.add_argument("--checkpoints", type=int, default=5)
-    parser.add_argument("--groups", type=int, default=3, help="of facts to be removed")
-    parser.add_argument("--repeats", type=int, default=2, help="retrainings of each")
+    parser.add_argument("--checkpoints", type=int)
+    parser.add_argument("--groups", type=int, help="of facts to be removed")
+    parser.add_argument("--repeats", type=int, help="retrainings of each")
     parser.add_argument("--shard", default="0/1", help="retrain only these: 0/2, 1/2")
     parser.add_argument("--only", choices=["retrieval", "counterfactual"])
     parser.add_argument("--render", action="store_true", help="print what is stored")
@@ -76,7 +73,10 @@ class Run:
 
     model: FactModel
     work: Path
-    checkpoints: int
+
+    @property
+    def checkpoints(self) -> int:
+        return self.model.checkpoints
 
     @cached_property
     def states(self) -> list[dict[str, torch.Tensor]]:
@@ -107,6 +107,11 @@ class Run:
     def epochs(self) -> list[int]:
         last = self.model.recipe.epochs - 1
         return sorted({round(e) for e in np.linspace(last / 5, last, EPOCHS_KEPT)})
+
+    @cached_property
+    def known_before(self) -> np.ndarray:
+        """Facts that the model has right before it is trained. Shape ``(m,)``."""
+        return self.model.answers(self.model.build().eval())[1]
 
     @cached_property
     def known(self) -> np.ndarray:
@@ -226,7 +231,7 @@ def retrieval(run: Run) -> list[dict[str, Any]]:
 # -- the second question --------------------------------------------------------------
 
 
-def removals(run: Run, groups: int) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+def removals(run: Run) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
     """List what is removed.
 
     Yields:
@@ -236,8 +241,9 @@ def removals(run: Run, groups: int) -> Iterator[tuple[str, np.ndarray, np.ndarra
     found = scored(run)
     kept = ["random", "BM25", "representations", f"TRAK, {run.checkpoints} checkpoints"]
     chosen = np.random.default_rng(0).permutation(np.flatnonzero(run.known))
-    for start in range(0, min(len(chosen), groups * GROUP) - GROUP + 1, GROUP):
-        facts = chosen[start : start + GROUP]
+    size = run.model.group
+    for start in range(0, min(len(chosen), run.model.groups * size) - size + 1, size):
+        facts = chosen[start : start + size]
         for name in kept:
             top = np.argsort(-found[name][:, facts], axis=0, kind="stable")[:REMOVED]
             yield name, facts, _without(run.model.n, top)
@@ -250,16 +256,16 @@ def _without(n: int, indices: np.ndarray) -> np.ndarray:
     return mask
 
 
-def counterfactual(run: Run, given: argparse.Namespace) -> list[dict[str, Any]]:
+def counterfactual(run: Run, shard: str) -> list[dict[str, Any]]:
     """Remove, retrain and ask again."""
-    planned = list(removals(run, given.groups))
+    planned, groups = list(removals(run)), run.model.groups
     whole = np.ones(run.model.n, dtype=bool)
     # Nothing is removed from as many as there are groups: what chance does.
-    names = ["nothing"] * given.groups + [name for name, _, _ in planned]
+    names = ["nothing"] * groups + [name for name, _, _ in planned]
     asked = [facts for name, facts, _ in planned if name == "random"]
     asked += [facts for _, facts, _ in planned]
-    masks = np.array([whole] * given.groups + [mask for _, _, mask in planned])
-    index, count = map(int, given.shard.split("/"))
+    masks = np.array([whole] * groups + [mask for _, _, mask in planned])
+    index, count = map(int, shard.split("/"))
 
     def outputs(model: nn.Module) -> np.ndarray:
         return np.concatenate(run.model.answers(model)).astype(np.float64)
@@ -269,7 +275,7 @@ def counterfactual(run: Run, given: argparse.Namespace) -> list[dict[str, Any]]:
         outputs,
         masks,
         run.work / "removed.npz",
-        n_repeats=given.repeats,
+        n_repeats=run.model.repeats,
         seed=1,
         shard=(index, count),
         metadata=run.model.recipe.as_dict(),
@@ -293,7 +299,9 @@ def lost(
             "method": name,
             "facts": len(wrong),
             "repeats": bank.n_repeats,
-            "removed": float(np.mean([(~masks[i]).sum() / GROUP for i in rows])),
+            "removed": float(
+                np.mean([(~masks[i]).sum() / len(asked[i]) for i in rows])
+            ),
             "lost": [float(wrong.mean()), *_interval(wrong)],
             "fall": [float(fall.mean()), *_interval(fall)],
         }
@@ -380,19 +388,27 @@ def main() -> int:
         stored = json.loads(output.read_text())
         results |= {key: stored[key] for key in PARTS}
     for name in given.models.split(","):
-        run = Run(open_model(name, given.data), given.work / name, given.checkpoints)
+        changes = {
+            key: getattr(given, key) for key in ("checkpoints", "groups", "repeats")
+        }
+        model = replace(
+            KINDS[name](given.data),
+            **{k: v for k, v in changes.items() if v is not None},
+        )
+        run = Run(model, given.work / name)
         results["models"][name] = {
             "title": run.model.title,
             "n": run.model.n,
             "m": run.model.m,
             "known": int(run.known.sum()),
+            "known before": int(run.known_before.sum()),
             "recipe": run.model.recipe.as_dict(),
         }
         if given.only != "counterfactual":
             results["retrieval"] = _others(results, "retrieval", name) + retrieval(run)
         if given.only != "retrieval":
             others = _others(results, "counterfactual", name)
-            results["counterfactual"] = others + counterfactual(run, given)
+            results["counterfactual"] = others + counterfactual(run, given.shard)
         output.write_text(json.dumps(results, indent=1))
     print("\n\n".join(tables(results).values()))
     return 0

