@@ -7,10 +7,7 @@ on; what a step's ``scores`` runs is for its own number of models alone.
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,35 +18,11 @@ from accuracy_banks import given
 from accuracy_models import train
 from accuracy_plan import EXPONENTS, MULTIPLES
 from accuracy_setting import EXPERIMENT, Setting
-from accuracy_variants import Tried, late_epochs, tried
+from accuracy_steps import Lines, Step
 
 from trak import methods
 from trak._members import balanced
 from trak.evaluation import CheckpointData, GroundTruth, cross_validate
-from trak.modelout_functions import TASK_TO_MODELOUT
-
-
-@dataclass
-class Step:
-    """The scores of one number of models."""
-
-    count: int
-    scores: Callable[[], np.ndarray] | None = None
-    """Shape ``(n, m)``; None where nothing is scored."""
-
-    spent: dict[str, float] = field(default_factory=dict)
-    """Seconds, ``wall`` and ``cpu``, of work for this number that an earlier line did."""
-
-    label: str = ""
-    """Under which the predictions are kept, after the count."""
-
-    notes: dict[str, Any] = field(default_factory=dict)
-
-    trained: int | None = None
-    """Models that had to be trained; None for ``count``."""
-
-
-Lines = Iterator[Step]
 
 
 def training(setting: Setting) -> Lines:
@@ -144,54 +117,6 @@ def sizes(setting: Setting) -> Lines:
             if c + 1 in setting.line.counts:
                 scores = weighted(sums[p], weights, b)
                 yield Step(c + 1, lambda scores=scores: scores, label=f"p={p}")
-
-
-def variants(setting: Setting) -> Lines:
-    """Score with every change to the estimator that was tried, without projection."""
-    truth, count = setting.truth, max(setting.line.counts)
-    chosen, late = late_epochs(truth.recipe.epochs), []
-
-    def keep(epoch: int, model: torch.nn.Module) -> None:
-        if epoch in chosen:
-            late.append({k: v.clone() for k, v in model.state_dict().items()})
-
-    own, data = np.flatnonzero(setting.halves[0]), truth.material
-    train(truth.build, truth.loss, data, own, 0, truth.recipe, keep)
-
-    def gradients(state: dict[str, torch.Tensor]) -> tuple:
-        with tempfile.TemporaryDirectory(prefix="accuracy-") as directory:
-            held = replace(setting, work=Path(directory))
-            traker = held.open()
-            held.featurize(traker, 0, state)
-            return held.rows(traker, 0)
-
-    checkpoints = [(setting.checkpoint(c), setting.halves[c]) for c in range(count)]
-    exponents = tuple(TASK_TO_MODELOUT[truth.task].exponents)
-    found = tried(
-        truth.model, exponents, checkpoints, late, gradients, _lengths(setting)
-    )
-    for trained, name, scores in found:
-        yield Step(trained, lambda scores=scores: scores, label=name)
-
-
-def changes(setting: Setting) -> Lines:
-    """Score with the changes to the estimator that projected gradients are enough for."""
-    traker = setting.open()
-    lengths = _lengths(setting)
-    found = Tried(tuple(traker.exponents), lengths)
-    for c in range(max(setting.line.counts)):
-        rows, targets, weights = setting.rows(traker, c)
-        found.add(rows, targets, weights, setting.halves[c])
-        if c + 1 in setting.line.counts:
-            for name, scores in found.scores():
-                yield Step(c + 1, lambda scores=scores: scores, label=name)
-
-
-def _lengths(setting: Setting) -> np.ndarray | None:
-    """Count the tokens of the training texts of a language model."""
-    if setting.truth.task != "causal_lm":
-        return None
-    return setting.truth.split.train[1].sum(1).double().numpy()
 
 
 def _record(setting: Setting, traker: Any, c: int) -> CheckpointData:

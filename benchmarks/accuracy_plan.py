@@ -189,6 +189,9 @@ def _language(truth: str, counts: tuple[int, ...], plan: str) -> Iterator[Line]:
     few = tuple(count for count in counts if count <= 5)
     yield Line("what was tried, p=8192", "changes", (1, *few[-1:]), needs="wide")
     yield Line("what was tried", "variants", few[-1:], needs="exact")
+    for p in (2048, 8192):
+        name = f"a kernel for each parameter, p={p}"
+        yield Line(name, "layers", (1, *few[-1:]), {"p": p}, needs="exact")
     yield from _gradients(counts)
     for multiple in (0.01, 0.1, 1.0):
         yield Line(

@@ -203,6 +203,29 @@ def split_kernels(
     return total
 
 
+def sketched(
+    rows: Tensor, targets: Tensor, places: list[slice], p: int, seed: int
+) -> tuple[Tensor, Tensor, list[slice]]:
+    """Project the entries of each part by a Gaussian matrix of its own.
+
+    Returns:
+        Rows, targets and parts of at most ``p`` entries, as many of each part; of smaller
+        parts all.
+    """
+    generator, size = torch.Generator().manual_seed(seed), p // len(places)
+    both, found, kept, start = torch.cat([rows, targets]), [], [], 0
+    for place in places:
+        part = both[:, place]
+        if part.shape[1] > size:
+            matrix = torch.randn(part.shape[1], size, generator=generator)
+            part = part @ matrix / size**0.5
+        found.append(part)
+        kept.append(slice(start, start + part.shape[1]))
+        start = kept[-1].stop
+    whole = torch.cat(found, dim=1)
+    return whole[: len(rows)], whole[len(rows) :], kept
+
+
 # -- all of it ------------------------------------------------------------------------
 
 Gradients = Callable[[dict[str, Tensor]], tuple[Tensor, Tensor, np.ndarray]]
@@ -267,14 +290,14 @@ class Tried:
     def base(self) -> np.ndarray:
         """Give the default's scores."""
         a, b = self.exponents
-        return self._weighted(self.sums[f"{a:g}"], b)
+        return self.weighted(self.sums[f"{a:g}"], b)
 
     def scores(self) -> Iterator[tuple[str, np.ndarray]]:
         """Give every variant's scores, the default first."""
         a, b = self.exponents
         base = self.sums[f"{a:g}"]
         yield BASE, self.base()
-        yield "weights that are not balanced", self._weighted(base, b, raw=True)
+        yield "weights that are not balanced", self.weighted(base, b, raw=True)
         for powers, name in (
             ((0.0, 1.0), "exponents (0, 1): the paper's"),
             ((1.0, 0.0), "exponents (1, 0): gradients of the loss"),
@@ -283,21 +306,21 @@ class Tried:
         ):
             if powers != self.exponents:
                 found = self.sums[f"{powers[0]:g}"]
-                yield name, self._weighted(found, powers[1])
+                yield name, self.weighted(found, powers[1])
         for name in self.sums:
             if not name[0].isdigit() and not name.startswith(SUMMED):
-                yield name, self._weighted(self.sums[name], b)
+                yield name, self.weighted(self.sums[name], b)
         if self.lengths is not None:
             scale = self.lengths[:, None]
-            yield "times the tokens of the text", scale * self._weighted(base, b)
+            yield "times the tokens of the text", scale * self.weighted(base, b)
             for power in (0.0, 1.0):
                 found = self.sums[f"{SUMMED} {power:g}"]
                 pair = f"{SUMMED}, exponents ({power:g}, {1 - power:g})"
-                yield pair, self._weighted(found, 1 - power)
-                again = scale * self._weighted(found, 1 - power)
+                yield pair, self.weighted(found, 1 - power)
+                again = scale * self.weighted(found, 1 - power)
                 yield f"{pair}, times the tokens", again
 
-    def _weighted(
+    def weighted(
         self, total: Tensor | float, b: float, *, raw: bool = False
     ) -> np.ndarray:
         assert isinstance(total, Tensor)  # noqa: S101  a checkpoint was added

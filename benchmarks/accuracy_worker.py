@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import accuracy_lines
+import accuracy_tried
 import numpy as np
 import torch
 from accuracy_plan import Line
@@ -62,7 +63,9 @@ def run(setting: Setting) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     predictions: dict[str, np.ndarray] = {}
     shared: dict[str, float] = {}
     clock = Clock()
-    for step in getattr(accuracy_lines, setting.line.method)(setting):
+    method = setting.line.method
+    known = accuracy_tried if hasattr(accuracy_tried, method) else accuracy_lines
+    for step in getattr(known, method)(setting):
         shared = added(shared, clock.read())
         each.append(shared)
         clock, name = Clock(), f"{step.count}{'_' if step.label else ''}{step.label}"
