@@ -1,12 +1,12 @@
 """Fact tracing: which texts state a fact, and which texts a model has it from.
 
-``python benchmarks/facts.py --data DIR [--models llama,t5]`` trains small language models
-on texts of WebNLG, asks them for facts in paraphrases that they have not seen, and prints
-two tables. The first, *retrieval*, is how well methods find the texts that state a fact.
-The second, *counterfactual*, is how often a fact that a model knows is lost when the
-texts that a method names are removed and it is trained again (Park et al., 2023, Section
-5.2, asks both questions of mT5). What is done is not done again: a run may be killed and
-goes on.
+``python benchmarks/facts.py --data DIR [--models llama,t5,smollm2]`` trains language
+models on texts of WebNLG, asks them for facts in paraphrases that they have not seen, and
+prints two tables. The first, *retrieval*, is how well methods find the texts that state a
+fact. The second, *counterfactual*, is how often a fact that a model knows is lost when
+the texts that a method names are removed and it is trained again (Park et al., 2023,
+Section 5.2, asks both questions of mT5). What is done is not done again: a run may be
+killed and goes on.
 """
 
 from __future__ import annotations

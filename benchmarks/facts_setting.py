@@ -217,6 +217,8 @@ class T5(FactModel):
     name: str = "t5"
     title: str = "T5 (1.0M), from scratch"
     task: str = "seq2seq_lm"
+    groups: int = 2
+    repeats: int = 1
 
     @cached_property
     def _words(self) -> facts_models.Words:

