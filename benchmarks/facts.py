@@ -281,6 +281,9 @@ def counterfactual(run: Run, shard: str) -> list[dict[str, Any]]:
         metadata=run.model.recipe.as_dict(),
         progress=False,
     )
+    if bank.n_subsets < len(masks):
+        print(f"{run.model.name}: other shards are not done; run again without --shard")
+        return []
     return [row | {"model": run.model.name} for row in lost(bank, names, asked, masks)]
 
 
