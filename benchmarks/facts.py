@@ -284,19 +284,36 @@ def counterfactual(run: Run, shard: str) -> list[dict[str, Any]]:
     if bank.n_subsets < len(masks):
         print(f"{run.model.name}: other shards are not done; run again without --shard")
         return []
-    return [row | {"model": run.model.name} for row in lost(bank, names, asked, masks)]
+    rows = lost(bank, names, asked, masks, run.known_before)
+    return [row | {"model": run.model.name} for row in rows]
 
 
 def lost(
-    bank: GroundTruth, names: list[str], asked: list[np.ndarray], masks: np.ndarray
+    bank: GroundTruth,
+    names: list[str],
+    asked: list[np.ndarray],
+    masks: np.ndarray,
+    before: np.ndarray,
 ) -> Iterator[dict[str, Any]]:
-    """Say of every method how often a fact is lost, and how far its margin falls."""
+    """Say of every method how often a fact is lost, and how far its margin falls.
+
+    Args:
+        bank: Margins of all facts, and whether they are right, without some texts.
+        names: What each removal is by.
+        asked: The facts that it is for.
+        masks: The texts that it leaves.
+        before: Which facts are right before any training. Shape ``(m,)``.
+
+    Yields:
+        A row of each method.
+    """
     m = bank.outputs.shape[2] // 2
     margins, right = bank.outputs[:, :, :m].mean(1), bank.outputs[:, :, m:].mean(1)
     whole = margins[[name == "nothing" for name in names]].mean(0)
     for name in dict.fromkeys(names):
         rows = [i for i, other in enumerate(names) if other == name]
         wrong = np.concatenate([1 - right[i, asked[i]] for i in rows])
+        known = np.concatenate([before[asked[i]] for i in rows])
         fall = np.concatenate([whole[asked[i]] - margins[i, asked[i]] for i in rows])
         yield {
             "method": name,
@@ -306,6 +323,8 @@ def lost(
                 np.mean([(~masks[i]).sum() / len(asked[i]) for i in rows])
             ),
             "lost": [float(wrong.mean()), *_interval(wrong)],
+            "known before": int(known.sum()),
+            "lost of these": float(wrong[known].sum()),
             "fall": [float(fall.mean()), *_interval(fall)],
         }
 
@@ -347,6 +366,11 @@ def _removed(rows: list[dict[str, Any]], model: str) -> list[str]:
             cells = [f"{row['removed']:.1f}", _shown(row["lost"]), _shown(row["fall"])]
             lines.append(f"| {' | '.join([row['method'], *cells])} |")
             about = f"{row['facts']} facts; retrainings of each group: {row['repeats']}"
+            if row["known before"]:
+                about += (
+                    f". {row['known before']} are right before any training; of these"
+                )
+                about += f" {row['lost of these']:g} are lost by the last removal"
     return [*lines, "", about] if len(lines) > 2 else lines
 
 

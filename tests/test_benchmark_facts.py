@@ -76,16 +76,19 @@ def test_a_fact_is_lost_where_its_answer_is_no_longer_the_likeliest() -> None:
     margins[3, :2], right[3, 0] = (-1.0, 1.0), 0.0
     margins[5, 2], right[5, 2] = -2.0, 0.0
     outputs = np.concatenate([margins, right], axis=1)[:, None]
+    before = np.array([True, False, False])
     rows = {
         row["method"]: row
         for row in module("facts").lost(
-            GroundTruth(masks, outputs), names, asked, masks
+            GroundTruth(masks, outputs), names, asked, masks, before
         )
     }
     assert rows["nothing"]["lost"][0] == rows["random"]["fall"][0] == 0
     assert rows["TRAK"]["lost"][0] == pytest.approx(2 / 3)
     assert rows["TRAK"]["fall"][0] == pytest.approx((4 + 1 + 3) / 3)
     assert rows["TRAK"]["facts"] == 3
+    assert rows["TRAK"]["known before"] == rows["TRAK"]["lost of these"] == 1
+    assert rows["random"]["lost of these"] == 0
     assert rows["TRAK"]["removed"] == pytest.approx(2)  # 4 for two facts, 2 for one
 
 
@@ -100,7 +103,7 @@ def test_a_page_takes_the_tables_of_every_model() -> None:
         ],
         "counterfactual": [
             {"model": "b", "method": "BM25", "removed": 9.9, "facts": 8, "repeats": 2}
-            | {"lost": whole, "fall": whole}
+            | {"lost": whole, "fall": whole, "known before": 3, "lost of these": 1.0}
         ],
     }
     page = "# P\n\n<!-- facts:retrieval -->\nold\n<!-- facts:end -->\n\nbetween\n\n"
@@ -111,7 +114,8 @@ def test_a_page_takes_the_tables_of_every_model() -> None:
     assert "| TRAK | 0.50 [0.40, 0.60] |" in first
     assert "Model B" not in first
     assert "| BM25 | 9.9 | 1.00 [0.90, 1.00] |" in second
-    assert "8 facts; retrainings of each group: 2" in second
+    assert "8 facts; retrainings of each group: 2. 3 are right before" in second
+    assert "of these 1 are lost" in second
     assert facts.filled(text, facts.tables(results)) == text
 
 
