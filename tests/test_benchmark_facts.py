@@ -9,12 +9,14 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from trak.errors import TrakWarning
 from trak.evaluation import GroundTruth
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
@@ -90,6 +92,33 @@ def test_a_fact_is_lost_where_its_answer_is_no_longer_the_likeliest() -> None:
     assert rows["TRAK"]["known before"] == rows["TRAK"]["lost of these"] == 1
     assert rows["random"]["lost of these"] == 0
     assert rows["TRAK"]["removed"] == pytest.approx(2)  # 4 for two facts, 2 for one
+
+
+def test_a_shard_makes_no_table_before_the_others_are_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts, asked = module("facts"), np.array([0, 2])
+    left = np.arange(6) >= 2
+    planned = [("random", asked, ~left), ("TRAK", asked, left)]
+    monkeypatch.setattr(facts, "removals", lambda run: planned)
+
+    def train(indices: np.ndarray, seed: int) -> torch.nn.Module:
+        model = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(model.weight, float(len(indices)))
+        return model
+
+    def answers(model: torch.nn.Module) -> tuple[np.ndarray, np.ndarray]:
+        return np.full(3, model.weight.item()), np.full(3, model.weight.item() > 5)
+
+    recipe = SimpleNamespace(as_dict=dict)
+    model = SimpleNamespace(train=train, answers=answers, recipe=recipe, n=6)
+    model.name, model.groups, model.repeats = "m", 1, 1
+    run = SimpleNamespace(model=model, work=tmp_path, known_before=np.zeros(3, bool))
+    with pytest.warns(TrakWarning, match="2 of 3 subsets"):
+        assert facts.counterfactual(run, "0/2") == []
+    rows = {row["method"]: row for row in facts.counterfactual(run, "0/1")}
+    assert [rows[it]["fall"][0] for it in ("nothing", "random", "TRAK")] == [0, 4, 2]
+    assert [rows[it]["lost"][0] for it in ("nothing", "random", "TRAK")] == [0, 1, 1]
 
 
 def test_a_page_takes_the_tables_of_every_model() -> None:
